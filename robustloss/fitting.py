@@ -1,0 +1,313 @@
+"""Fits of any model by any optax optimiser, compiled whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from robustloss.losses._elementwise import real_array
+from robustloss.reduce import mask, mean, nonnegative
+
+if TYPE_CHECKING:
+    import optax
+
+__all__ = ["Fit", "fit"]
+
+Params = Any  # a pytree of floating arrays
+Inputs = Any  # a pytree of arrays whose first axis counts the rows
+Model = Callable[[Params, Inputs], Array]
+Objective = Callable[[Params], Array]
+
+
+class Fit(NamedTuple):
+    """What `fit` found. A pytree: under vmap each field has the batch axis in front."""
+
+    params: Params
+    """The parameters after the last step, as the pytree that was given."""
+    value: Array
+    """The mean loss at `params`, over all rows kept."""
+    steps: Array
+    """How many steps were taken."""
+    converged: Array
+    """Whether the last steps changed the value, and a further one could, by next to nothing."""
+    history: Array
+    """The objective before each step and after the last, `steps + 1` numbers, then NaN. In a
+    mini-batch fit it is the objective of each step's batch."""
+
+
+def fit(
+    loss: Callable[..., Array],
+    model: Model,
+    params: Params,
+    inputs: Inputs,
+    targets: ArrayLike,
+    *,
+    optimizer: optax.GradientTransformation,
+    steps: int,
+    tolerance: float | None = None,
+    where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    batch_size: int | None = None,
+    key: Array | None = None,
+) -> Fit:
+    """Minimises the mean loss of `model(params, inputs) - targets` over `params`.
+
+    The loop is one compiled program; it is compiled again only for another shape, model,
+    optimizer object, number of steps or loss function, not for another `delta` in a
+    `functools.partial`. It can be vmapped over data sets, starts and loss parameters, and
+    runs on sharded arrays as it is.
+
+    It stops when two things hold at once. The relative change of the value in the last step
+    (in the last epoch, with mini-batches) is at most `tolerance`; and the gradient is small:
+    `max_i |g_i| max(|p_i|, 1) <= sqrt(tolerance) |value|`, the relative gradient of Dennis
+    and Schnabel (1983, section 7.2), or `max |g_i|` is at most `tolerance` times what it was at
+    the start, which serves perfect fits. `converged` says that this happened. The gradient of
+    `absolute_error` jumps at its minimum and does not get small, so no such fit is reported
+    as converged. A value that is not finite ends the fit, unconverged.
+
+    Args:
+        loss: an elementwise function of the residual, such as `rl.huber`.
+        model: `model(params, inputs) -> predictions`, of the targets' shape.
+        params: where to start, a pytree of floating arrays.
+        inputs: what the model takes: a pytree of arrays whose first axis counts the rows.
+        targets: real numbers; the first axis counts the rows.
+        optimizer: any optax transformation, `optax.lbfgs` with its line search included.
+        steps: the most steps to take.
+        tolerance: see above; by default 1e-14 in float64 and 1e-6 in float32. 0 takes all
+            steps, unless the gradient becomes 0.
+        where: booleans that broadcast to the targets; rows of which nothing is kept may hold
+            anything, in inputs and targets.
+        weights: numbers >= 0 that broadcast to the targets.
+        batch_size: rows per step, drawn without replacement in each epoch; None takes all.
+        key: a `jax.random.key`, needed with `batch_size`.
+
+    Returns:
+        A `Fit`.
+
+    Raises:
+        ValueError: no steps, a negative tolerance, a batch size outside [1, rows], a missing
+            key, rows that do not agree, or predictions of another shape than the targets.
+        TypeError: parameters or data that are not real numbers.
+
+    >>> x = jnp.arange(8.0)
+    >>> y = (2 * x + 1).at[3].set(99.0)
+    >>> def line(params, x):
+    ...     return params["slope"] * x + params["intercept"]
+    >>> start = {"slope": 0.0, "intercept": 0.0}
+    >>> found = fit(rl.huber, line, start, x, y, optimizer=optax.lbfgs(), steps=100)
+    >>> print(f"{found.params['slope']:.2f} x + {found.params['intercept']:.2f}, {found.converged}")
+    1.99 x + 1.19, True
+    """
+    targets = real_array("targets", targets)
+    params = jax.tree.map(_floating, params)
+    inputs = jax.tree.map(partial(_rows, len(targets) if targets.ndim else None), inputs)
+    if steps < 1:
+        raise ValueError(f"steps must be >= 1, got {steps}")
+    if tolerance is None:
+        leaves = jax.tree.leaves(params)
+        tolerance = 1e-14 if jnp.result_type(*leaves, targets) == jnp.float64 else 1e-6
+    if not isinstance(tolerance, jax.core.Tracer) and not tolerance >= 0:
+        raise ValueError(f"tolerance must be >= 0, got {tolerance}")
+    if batch_size is not None:
+        if not 1 <= batch_size <= len(targets):
+            raise ValueError(f"batch_size must be in [1, {len(targets)}], got {batch_size}")
+        if key is None:
+            raise ValueError("a mini-batch fit needs key=jax.random.key(...)")
+    keep = None if where is None else mask(where, targets.shape)
+    w = None if weights is None else nonnegative(weights, targets.shape, where)
+    # Told here, where delta is still a number and the shapes can be named.
+    jax.eval_shape(lambda: mean(loss, model(params, inputs), targets))
+    loss_key, loss_values = _split(loss)
+    model_key, model_values = _split(model)
+    return _fit(
+        loss_key, model_key, optimizer, steps, batch_size,
+        loss_values, model_values, params, inputs, targets, keep, w, tolerance, key,
+    )  # fmt: skip
+
+
+@partial(jax.jit, static_argnums=range(5))
+def _fit(
+    loss_key: Any, model_key: Any, optimizer: Any, steps: int, batch_size: int | None,
+    loss_values: tuple[Any, ...], model_values: tuple[Any, ...], params: Params, inputs: Inputs,
+    targets: Array, keep: Array | None, weights: Array | None, tolerance: Array, key: Array | None,
+) -> Fit:  # fmt: skip
+    loss, model = _join(loss_key, loss_values), _join(model_key, model_values)
+    if keep is not None:
+        # A dropped row becomes a copy of a kept one, lest a NaN in it reach the gradient.
+        rows = jnp.any(keep.reshape(len(keep), -1), axis=1)
+        index = jnp.where(rows, jnp.arange(len(rows)), jnp.argmax(rows))
+        inputs = jax.tree.map(lambda x: x[index], inputs)
+
+    def objective(params: Params, take: Array | None = None, real: Array | None = None) -> Array:
+        x, y, k, w = inputs, targets, keep, weights
+        if take is not None:
+            x, y, k, w = jax.tree.map(lambda leaf: leaf[take], (x, y, k, w))
+            real = jnp.broadcast_to(jnp.expand_dims(real, range(1, y.ndim)), y.shape)
+            k = real if k is None else real & k
+        predictions = model(params, x)
+        wide = jnp.promote_types(jnp.float32, jnp.result_type(predictions, y))
+        return mean(loss, predictions.astype(wide), y.astype(wide), where=k, weights=w)
+
+    if batch_size is None:
+        return _full_batch(objective, params, optimizer, steps, tolerance)
+    rows = len(targets)
+    return _mini_batch(objective, params, optimizer, steps, tolerance, rows, batch_size, key)
+
+
+def _full_batch(
+    objective: Objective, params: Params, optimizer: Any, steps: int, tolerance: Array
+) -> Fit:
+    value, gradient = jax.value_and_grad(objective)(params)
+    at_rest = _at_rest(tolerance, gradient)
+    history = jnp.full(steps + 1, jnp.nan, value.dtype).at[0].set(value)
+
+    def step(carry: Any) -> Any:
+        params, value, gradient, state, k, _, history = carry
+        params, state = _update(optimizer, objective, params, value, gradient, state)
+        before = value
+        value, gradient = _value_and_grad(objective, params, state)
+        rest = at_rest(params, before, value, gradient)
+        return params, value, gradient, state, k + 1, rest, history.at[k + 1].set(value)
+
+    def goes_on(carry: Any) -> Array:
+        _, value, _, _, k, rest, _ = carry
+        return (k < steps) & ~rest & jnp.isfinite(value)
+
+    rest = _largest(gradient) == 0  # a perfect start has nowhere to go
+    start = (params, value, gradient, _init(optimizer, params), 0, rest, history)
+    params, value, _, _, k, rest, history = lax.while_loop(goes_on, step, start)
+    return Fit(params, value, jnp.asarray(k), rest, history)
+
+
+def _mini_batch(
+    objective: Callable[..., Array], params: Params, optimizer: Any, steps: int,
+    tolerance: Array, rows: int, batch_size: int, key: Array | None,
+) -> Fit:  # fmt: skip
+    batches = -(-rows // batch_size)
+    value, gradient = jax.value_and_grad(objective)(params)
+    at_rest = _at_rest(tolerance, gradient)
+    history = jnp.full(steps + 1, jnp.nan, value.dtype)
+
+    def epoch(carry: Any) -> Any:
+        params, value, state, k, _, history = carry
+        order = jax.random.permutation(jax.random.fold_in(key, k), rows)
+        order = jnp.resize(order, batches * batch_size)  # the last batch may be a short one
+
+        def step(i: Array, carry: Any) -> Any:
+            params, state, history = carry
+            first = i * batch_size
+            take = lax.dynamic_slice(order, (first,), (batch_size,))
+            batch = partial(objective, take=take, real=first + jnp.arange(batch_size) < rows)
+            of_batch, gradient = jax.value_and_grad(batch)(params)
+            params, state = _update(optimizer, batch, params, of_batch, gradient, state)
+            return params, state, history.at[k + i].set(of_batch)
+
+        taken = jnp.minimum(batches, steps - k)
+        params, state, history = lax.fori_loop(0, taken, step, (params, state, history))
+        before = value
+        value, gradient = jax.value_and_grad(objective)(params)
+        rest = at_rest(params, before, value, gradient)
+        return params, value, state, k + taken, rest, history
+
+    def goes_on(carry: Any) -> Array:
+        _, value, _, k, rest, _ = carry
+        return (k < steps) & ~rest & jnp.isfinite(value)
+
+    rest = _largest(gradient) == 0
+    start = (params, value, _init(optimizer, params), jnp.asarray(0), rest, history)
+    params, value, _, k, rest, history = lax.while_loop(goes_on, epoch, start)
+    return Fit(params, value, k, rest, history.at[k].set(value))
+
+
+def _at_rest(tolerance: Array, first_gradient: Params) -> Callable[..., Array]:
+    """The test of `fit`'s docstring."""
+
+    def at_rest(params: Params, before: Array, value: Array, gradient: Params) -> Array:
+        still = jnp.abs(value - before) <= tolerance * jnp.abs(value)
+        scaled = jax.tree.map(lambda g, p: g * jnp.maximum(jnp.abs(p), 1), gradient, params)
+        flat = _largest(scaled) <= jnp.sqrt(tolerance) * jnp.abs(value)
+        return still & (flat | (_largest(gradient) <= tolerance * _largest(first_gradient)))
+
+    return at_rest
+
+
+def _init(optimizer: Any, params: Params) -> Any:
+    # Strong types throughout, as a loop's carry must keep its type.
+    return jax.tree.map(
+        lambda x: lax.convert_element_type(x, x.dtype) if isinstance(x, jax.Array) else x,
+        optimizer.init(params),
+    )
+
+
+def _update(
+    optimizer: Any, objective: Objective, params: Params, value: Array, gradient: Params, state: Any
+) -> tuple[Params, Any]:
+    import optax  # noqa: PLC0415  (`import robustloss` stays as quick as `import jax`)
+
+    updates, state = optax.with_extra_args_support(optimizer).update(
+        gradient, state, params, value=value, grad=gradient, value_fn=objective
+    )
+    return optax.apply_updates(params, updates), state
+
+
+def _value_and_grad(objective: Objective, params: Params, state: Any) -> tuple[Array, Params]:
+    """At the new params; a line search that came last in the optimizer has them already."""
+    import optax  # noqa: PLC0415
+
+    searched = (optax.ScaleByZoomLinesearchState, optax.ScaleByBacktrackingLinesearchState)
+    last = state[-1] if isinstance(state, tuple) and state else None
+    if isinstance(last, searched) and last.grad is not None:
+        return optax.value_and_grad_from_state(objective)(params, state=last)
+    return jax.value_and_grad(objective)(params)
+
+
+def _largest(tree: Params) -> Array:
+    return jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
+def _split(function: Callable[..., Any]) -> tuple[Any, tuple[Any, ...]]:
+    """A function as what a compilation depends on, and the numbers that it does not.
+
+    The numbers are those of a `functools.partial`; everything else is part of the program.
+    """
+    if not isinstance(function, partial):
+        return function, ()
+    leaves, tree = jax.tree.flatten((function.args, function.keywords))
+    number = tuple(isinstance(leaf, (jax.Array, np.ndarray, float)) for leaf in leaves)
+    rest = tuple(None if n else leaf for n, leaf in zip(number, leaves, strict=True))
+    values = tuple(leaf for n, leaf in zip(number, leaves, strict=True) if n)
+    return (function.func, tree, number, rest), values
+
+
+def _join(key: Any, values: tuple[Any, ...]) -> Callable[..., Any]:
+    if not isinstance(key, tuple):
+        return key
+    function, tree, number, rest = key
+    numbers = iter(values)
+    leaves = [next(numbers) if n else leaf for n, leaf in zip(number, rest, strict=True)]
+    args, keywords = jax.tree.unflatten(tree, leaves)
+    return partial(function, *args, **keywords)
+
+
+def _floating(x: ArrayLike) -> Array:
+    array = real_array("params", x)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"params must be floating arrays, got dtype {array.dtype}")
+    return lax.convert_element_type(array, array.dtype)
+
+
+def _rows(rows: int | None, x: Any) -> Array:
+    array = jnp.asarray(x)
+    if rows is None or array.ndim == 0 or len(array) != rows:
+        raise ValueError(
+            f"the first axis of inputs and targets must count the same rows, "
+            f"got shape {array.shape} for {'scalar' if rows is None else rows} targets"
+        )
+    return array

@@ -1,0 +1,16 @@
+"""The families of losses. A name in a family's `__all__` is a loss; there is no other list."""
+
+from collections.abc import Callable
+from types import MappingProxyType
+
+from jax import Array
+
+from robustloss.losses import convex
+from robustloss.losses.convex import *
+
+FAMILIES = (convex,)
+
+LOSSES: MappingProxyType[str, Callable[..., Array]] = MappingProxyType(
+    {name: getattr(family, name) for family in FAMILIES for name in family.__all__}
+)
+"""Every loss of the library by its name."""

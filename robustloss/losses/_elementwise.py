@@ -1,0 +1,159 @@
+"""How arguments arrive at a loss, and how derivatives leave it.
+
+A loss is a documented public function over a private *kernel* of floating arrays
+`(residual, *parameters)`. The kernel carries the derivative rule; `elementwise` does
+what is the same for every loss: check, promote, subtract, round once.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable
+from functools import reduce
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
+from jax.typing import ArrayLike, DTypeLike
+
+Kernel = Callable[..., Array]
+
+
+def elementwise(
+    kernel: Kernel, predictions: ArrayLike, targets: ArrayLike | None, *parameters: Array
+) -> Array:
+    """`kernel(predictions - targets, *parameters)`, in the dtype that JAX promotes to."""
+    r, dtype = residual(predictions, targets)
+    for parameter in parameters:
+        if parameter.ndim and np.broadcast_shapes(parameter.shape, r.shape) != r.shape:
+            raise ValueError(
+                f"a parameter must broadcast to the residual's shape {r.shape}, "
+                f"got shape {parameter.shape}"
+            )
+    dtype = jnp.result_type(dtype, *parameters)
+    wide = at_least_float32(dtype)
+    return kernel(r.astype(wide), *(p.astype(wide) for p in parameters)).astype(dtype)
+
+
+def residual(predictions: ArrayLike, targets: ArrayLike | None = None) -> tuple[Array, jnp.dtype]:
+    """`predictions - targets` in at least float32, and the dtype of a result made from it.
+
+    The wide type keeps a 16-bit difference from overflowing and from being rounded twice.
+    """
+    p = real_array("predictions", predictions)
+    if targets is None:
+        dtype = _inexact(p)
+        return p.astype(at_least_float32(dtype)), dtype
+    t = real_array("targets", targets)
+    if p.shape != t.shape:
+        raise ValueError(
+            f"predictions and targets must have equal shapes, got {p.shape} and {t.shape}"
+        )
+    dtype = _inexact(p, t)
+    wide = at_least_float32(dtype)
+    return p.astype(wide) - t.astype(wide), dtype
+
+
+def real_array(name: str, x: ArrayLike) -> Array:
+    """`x` as a JAX array of real numbers, or a TypeError that says what it is instead."""
+    dtype = getattr(x, "dtype", None)
+    if dtype is None:
+        dtype = np.asarray(x).dtype
+    if not (jnp.issubdtype(dtype, np.number) or jnp.issubdtype(dtype, np.bool_)) or (
+        jnp.issubdtype(dtype, np.complexfloating)
+    ):
+        raise TypeError(f"{name} must be real numbers, got dtype {dtype}")
+    return jnp.asarray(x)
+
+
+def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
+    """The type to compute and to sum in: 16-bit types widen to float32."""
+    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
+
+
+def positive(name: str, x: ArrayLike) -> Array:
+    """A parameter that must be > 0: ValueError where it can be read, NaN where it is traced."""
+    return _inside(name, x, lambda x: x > 0, "must be > 0")
+
+
+def between(name: str, x: ArrayLike, low: float, high: float) -> Array:
+    """A parameter of the closed interval [low, high], checked like `positive`."""
+    return _inside(name, x, lambda x: (x >= low) & (x <= high), f"must be in [{low}, {high}]")
+
+
+def _inside(name: str, x: ArrayLike, holds: Callable[[Any], Any], law: str) -> Array:
+    array = real_array(name, x)
+    given = readable(x)
+    if given is None:
+        return jnp.where(holds(array), array, jnp.nan)
+    if not np.all(holds(given)):
+        raise ValueError(f"{name} {law}, got {np.ravel(given)[~np.ravel(holds(given))][0]}")
+    return array
+
+
+def readable(x: ArrayLike) -> np.ndarray | None:
+    """The numbers in `x`, or None where only a computation will know them."""
+    if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
+        return None
+    return np.asarray(x)
+
+
+def with_partials(*partials: Kernel) -> Callable[[Kernel], Kernel]:
+    """Gives a kernel its partial derivatives, one formula per argument, in order.
+
+    Write each as a lambda around a named kernel, `lambda r, d: _slope(r, d)`: the value can
+    then stand above its slope, and higher orders follow the rules of the kernels named.
+    """
+
+    def decorate(value: Kernel) -> Kernel:
+        arguments = len(inspect.signature(value).parameters)
+        if len(partials) != arguments:
+            raise TypeError(
+                f"{value.__name__} takes {arguments} arguments but has {len(partials)} partials"
+            )
+        kernel = jax.custom_jvp(value)
+
+        def rule(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+            out = kernel(*primals)
+            # A symbolic zero is skipped, not multiplied: at r = inf, 0 * inf would be NaN.
+            terms = [
+                partial(*primals) * t
+                for partial, t in zip(partials, tangents, strict=True)
+                if not isinstance(t, SymbolicZero)
+            ]
+            return out, reduce(operator.add, terms) if terms else jnp.zeros_like(out)
+
+        kernel.defjvp(rule, symbolic_zeros=True)
+        # Called eagerly, a kernel compiles once, not once per operation in it.
+        return jax.jit(kernel, inline=True)
+
+    return decorate
+
+
+def quotient(x: Array, y: Array) -> tuple[Array, Array]:
+    """`x / y` for finite x and y > 0, and what rounding took from it."""
+    y, exponent = jnp.frexp(y)  # y in [1/2, 1), lest a product under- or overflows
+    x = jnp.ldexp(x, -exponent)
+    q = x / y
+    return q, ((x - q * y) - product_error(q, y)) / y
+
+
+def product_error(x: Array, y: Array) -> Array:
+    """What rounding took from `x * y`."""
+    bits = jnp.finfo(x.dtype).nmant // 2  # half a significand: products of halves are exact
+
+    def halves(x: Array) -> tuple[Array, Array]:
+        high = lax.reduce_precision(x, jnp.finfo(x.dtype).nexp, bits)
+        return high, x - high
+
+    (x1, x0), (y1, y0) = halves(x), halves(y)
+    return ((x1 * y1 - x * y) + (x1 * y0 + x0 * y1)) + x0 * y0
+
+
+def _inexact(*arrays: Array) -> jnp.dtype:
+    dtype = jnp.result_type(*arrays)
+    return dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.result_type(float)

@@ -1,0 +1,445 @@
+"""Convex losses: an odd influence that never decreases.
+
+Nothing pulls less for being further away, so a linear fit has no false minima, and every
+residual keeps a say in it.
+
+How the values are written serves their mean and its gradient, which XLA compiles into one
+reduction and one map. A reduction is vectorised over min and max, not over `where`. What
+both need, be it |r| or a broadcast constant, XLA writes out as an array for both to read:
+so values count in halves or quarters of delta, and slopes take |r| as max(r, -r). XLA's vectorised min
+and max drop a NaN on some CPUs, so a value also takes the bare residual.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import reduce
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from robustloss.losses._elementwise import (
+    between,
+    elementwise,
+    positive,
+    quotient,
+    with_partials,
+)
+
+__all__ = ["absolute_error", "huber", "log_cosh", "pseudo_huber", "squared_error"]
+
+
+def squared_error(predictions: ArrayLike, targets: ArrayLike | None = None) -> Array:
+    """Squared error, `r**2`: the loss of least squares, whose mean is the MSE.
+
+    Influence `2 r`, without bound: one wild residual can move a fit anywhere.
+    Its textbook form is kept, so near 0 it is twice the other losses' `r**2 / 2`.
+
+    Args:
+        predictions: real numbers of any shape; with `targets=None`, the residual itself.
+        targets: of exactly the same shape, or None.
+
+    Returns:
+        The loss of each residual, in its shape and in the dtype that JAX promotes to.
+        NaN stays NaN; an infinite residual costs infinity.
+
+    Raises:
+        ValueError: the shapes differ.
+        TypeError: complex or non-numeric input.
+
+    Source: Gauss (1809), Theoria motus; Legendre (1805).
+
+    >>> squared_error(3.0, 1.0)
+    Array(4., dtype=float32)
+    """
+    return elementwise(_squared, predictions, targets)
+
+
+@with_partials(lambda r: _twice(r))
+def _squared(r: Array) -> Array:
+    return r * r
+
+
+@with_partials(lambda r: 2 * _flat(r) + 2)
+def _twice(r: Array) -> Array:
+    return 2 * r
+
+
+def absolute_error(
+    predictions: ArrayLike, targets: ArrayLike | None = None, *, kink: ArrayLike = 0.0
+) -> Array:
+    """Absolute error, `|r|`: the loss of medians, whose mean is the MAE.
+
+    Influence `sign(r)`: a residual counts by its side, not by its size.
+    At r = 0 the derivative is any number in [-1, 1]; `kink` is the one that is taken. The
+    default 0 makes a perfect fit stationary. The second derivative is 0 everywhere.
+
+    Args:
+        predictions: real numbers of any shape; with `targets=None`, the residual itself.
+        targets: of exactly the same shape, or None.
+        kink: the derivative taken at r = 0, in [-1, 1].
+
+    Returns:
+        The loss of each residual, in its shape and in the dtype that JAX promotes to.
+        NaN has the value NaN and the slope NaN; infinity the slope 1.
+
+    Raises:
+        ValueError: the shapes differ, or `kink` is outside [-1, 1] (traced: a NaN slope).
+        TypeError: complex or non-numeric input.
+
+    Source: Boscovich (1757); Laplace (1793).
+
+    >>> absolute_error(3.0, 5.0)
+    Array(2., dtype=float32)
+    >>> jax.vmap(jax.grad(absolute_error))(jnp.array([-2.0, 0.0, float("nan")]))
+    Array([-1.,  0., nan], dtype=float32)
+    """
+    return elementwise(_absolute, predictions, targets, between("kink", kink, -1.0, 1.0))
+
+
+@with_partials(lambda r, kink: _side(r, kink), lambda r, kink: jnp.zeros_like(r))
+def _absolute(r: Array, kink: Array) -> Array:
+    return jnp.abs(r)
+
+
+@with_partials(lambda r, kink: _flat(r), lambda r, kink: jnp.where(r == 0, 1.0, _flat(r)))
+def _side(r: Array, kink: Array) -> Array:
+    return jnp.where(r == 0, kink, jnp.sign(r))
+
+
+def huber(
+    predictions: ArrayLike, targets: ArrayLike | None = None, *, delta: ArrayLike = 1.0
+) -> Array:
+    """Huber's loss: `r**2 / 2` up to `|r| = delta`, then `delta (|r| - delta / 2)`.
+
+    Influence `clip(r, -delta, delta)`. At `|r| = delta` the quadratic side is taken: the
+    second derivative is 1 there and 0 beyond.
+
+    Args:
+        predictions: real numbers of any shape; with `targets=None`, the residual itself.
+        targets: of exactly the same shape, or None.
+        delta: where the loss turns linear, > 0, in the residual's units; broadcasts to the
+            residual and can be differentiated. Infinity gives half the squared error.
+
+    Returns:
+        The loss of each residual, in its shape and in the dtype that JAX promotes to.
+        NaN stays NaN, also as a slope; an infinite residual has the slope `delta`.
+
+    Raises:
+        ValueError: the shapes differ, or `delta` is not > 0 (traced: the result is NaN).
+        TypeError: complex or non-numeric input.
+
+    Source: Huber (1964), Annals of Mathematical Statistics 35, 73-101.
+
+    >>> huber(jnp.array([0.5, -3.0]), delta=1.0)
+    Array([0.125, 2.5  ], dtype=float32)
+    """
+    return elementwise(_huber, predictions, targets, positive("delta", delta))
+
+
+@with_partials(lambda r, d: _clipped(r, d), lambda r, d: _overshoot(r, d))
+def _huber(r: Array, delta: Array) -> Array:
+    a = jnp.abs(r)
+    half = jnp.minimum(0.5 * a, 0.5 * _finite(delta))
+    return (half + half) * (a - half)
+
+
+@with_partials(lambda r, d: _within(r, d), lambda r, d: _beyond(r, d))
+def _clipped(r: Array, delta: Array) -> Array:
+    return jnp.maximum(jnp.minimum(r, delta), -delta)
+
+
+@with_partials(lambda r, d: _beyond(r, d), lambda r, d: _within(r, d) - 1)
+def _overshoot(r: Array, delta: Array) -> Array:
+    return jnp.maximum(jnp.abs(r) - delta, 0)
+
+
+def log_cosh(
+    predictions: ArrayLike, targets: ArrayLike | None = None, *, delta: ArrayLike = 1.0
+) -> Array:
+    """Log-cosh, `delta**2 log(cosh(r / delta))`: a Huber loss without a corner.
+
+    Influence `delta tanh(r / delta)`, curvature `sech(r / delta)**2`; smooth everywhere.
+    Far out it is `delta (|r| - delta log 2)`.
+
+    Args:
+        predictions: real numbers of any shape; with `targets=None`, the residual itself.
+        targets: of exactly the same shape, or None.
+        delta: where the loss starts to bend, > 0, in the residual's units; broadcasts to the
+            residual and can be differentiated.
+
+    Returns:
+        The loss of each residual, in its shape and in the dtype that JAX promotes to.
+        NaN stays NaN, also as a slope; an infinite residual has the slope `delta`.
+
+    Raises:
+        ValueError: the shapes differ, or `delta` is not > 0 (traced: the result is NaN).
+        TypeError: complex or non-numeric input.
+
+    Source: Green (1990), IEEE Transactions on Medical Imaging 9, 84-93.
+
+    >>> log_cosh(jnp.array([0.0, 100.0]))
+    Array([ 0.      , 99.306854], dtype=float32)
+    """
+    return elementwise(_log_cosh, predictions, targets, positive("delta", delta))
+
+
+@with_partials(lambda r, d: _delta_tanh(r, d), lambda r, d: _log_cosh_delta(r, d))
+def _log_cosh(r: Array, delta: Array) -> Array:
+    # log cosh(c + w) = log cosh c + w + log(1 + k (exp(-2 w) - 1)): the series up to the
+    # joint c, plus what lies beyond it, which is exactly 0 before it.
+    a, fourth = jnp.abs(r), 0.25 * _finite(delta)
+    near = jnp.minimum(a, 4 * _JOINT * fourth)
+    w = a - near
+    z = (0.25 * (near / fourth)) ** 2
+    k = 1 / (1 + math.exp(2 * _JOINT))
+    beyond = 0.25 * w + fourth * jnp.log1p(k * (jnp.exp(-0.5 * (w / fourth)) - 1))
+    return near * (near * (0.5 + z * _value_series(z))) + 16 * fourth * beyond
+
+
+@with_partials(lambda r, d: _sech2(r, d), lambda r, d: _log_cosh_mixed(r, d))
+def _delta_tanh(r: Array, delta: Array) -> Array:
+    a = jnp.maximum(r, -r)
+    z = (r / delta) ** 2
+    far = delta * (1 - 2 / (1 + jnp.exp(2 * (a / delta))))
+    return jnp.where(
+        a > 0.99 * _JOINT * delta, jnp.copysign(far, r), r + r * (z * _slope_series(z))
+    )
+
+
+@with_partials(lambda r, d: -_third(r, d), lambda r, d: _unit(r, d) * _third(r, d))
+def _sech2(r: Array, delta: Array) -> Array:
+    delta = _finite(delta)
+    u, lost = quotient(jnp.minimum(jnp.abs(r), _FLAT * delta), delta)
+    # Far out the error of u is amplified 2 u times, so what it lost is put back; and e would
+    # be subnormal before 4 e is, so part of the exponent waits outside.
+    shift = jnp.where(u > 40.0, 4.0, 0.0)
+    e = jnp.exp(shift - 2 * u) * (1 - 2 * lost)
+    return 4 * e * jnp.exp(-shift) / (1 + e) ** 2
+
+
+@with_partials(
+    lambda r, d: _log_cosh_mixed(r, d),
+    lambda r, d: _log_cosh_delta2(r, d),
+)
+def _log_cosh_delta(r: Array, delta: Array) -> Array:
+    """delta (2 log cosh u - u tanh u), u = r / delta."""
+    delta = _finite(delta)
+    u = jnp.abs(r) / delta
+    z = u * u
+    tanh = jnp.abs(_delta_tanh(r, delta)) / delta
+    far = u * (2 - tanh) - 2 * (math.log(2) - jnp.log1p(jnp.exp(-2 * u)))
+    near = z * z * (2 * _value_series(z) - _slope_series(z))
+    return delta * jnp.where(u > _JOINT, far, near)
+
+
+@with_partials(
+    lambda r, d: _unit(r, d) * _third(r, d),
+    lambda r, d: -(_unit(r, d) ** 2) * _third(r, d),
+)
+def _log_cosh_mixed(r: Array, delta: Array) -> Array:
+    """tanh u - u sech(u)**2, u = r / delta."""
+    u = _unit(r, delta)
+    z = u * u
+    series = _slope_series(z)
+    far = _delta_tanh(r, delta) / delta - u * _sech2(r, delta)
+    return jnp.where(z > _JOINT**2, far, u * z * (series + (1 + z * series) ** 2))
+
+
+@with_partials(
+    lambda r, d: -(_unit(r, d) ** 2) * _third(r, d),
+    lambda r, d: _unit(r, d) ** 3 * _third(r, d),
+)
+def _log_cosh_delta2(r: Array, delta: Array) -> Array:
+    """2 log cosh u - 2 u tanh u + (u sech u)**2, u = r / delta."""
+    delta = _finite(delta)
+    u = jnp.abs(_unit(r, delta))
+    e = jnp.exp(-2 * u)
+    far = 4 * u * e / (1 + e) - 2 * (math.log(2) - jnp.log1p(e)) + u * u * _sech2(r, delta)
+    near = _log_cosh_delta(r, delta) / delta - u * jnp.abs(_log_cosh_mixed(r, delta))
+    return jnp.where(u > _JOINT, far, near)
+
+
+def _third(r: Array, delta: Array) -> Array:
+    """2 tanh(u) sech(u)**2 / delta; times a power of -u it is every third derivative."""
+    return 2 * (_delta_tanh(r, delta) / delta) * _sech2(r, delta) / delta
+
+
+def _unit(r: Array, delta: Array) -> Array:
+    """r / delta, held finite where every derivative has died out."""
+    return jnp.clip(r, -_FLAT * delta, _FLAT * delta) / delta
+
+
+_JOINT = 0.625  # r / delta up to which the series hold
+_FLAT = 400.0  # r / delta from which sech**2 is 0 in every precision
+
+
+def _value_series(z: Array) -> Array:
+    """(log cosh u - u**2 / 2) / u**4 in z = u**2, minimax up to the joint."""
+    return _polynomial(z, _VALUE_64 if z.dtype == jnp.float64 else _VALUE_32)
+
+
+def _slope_series(z: Array) -> Array:
+    """(tanh u - u) / u**3 in z = u**2, minimax up to the joint."""
+    return _polynomial(z, _SLOPE_64 if z.dtype == jnp.float64 else _SLOPE_32)
+
+
+def _polynomial(z: Array, coefficients: tuple[float, ...]) -> Array:
+    """Horner's rule, the constant coefficient first."""
+    *lower, highest = coefficients
+    return reduce(lambda total, c: total * z + c, reversed(lower[:-1]), highest * z + lower[-1])
+
+
+# fmt: off
+_VALUE_32 = (
+    -0.08333329515900928, 0.02222081242089496, -0.006728983486077059, 0.002095441212180546,
+    -0.0005060380640072278,
+)
+_SLOPE_32 = (
+    -0.3333333080273412, 0.13333206008408596, -0.05394676305861096, 0.021700703174011307,
+    -0.008177398064015762, 0.0021429616470536516,
+)
+_VALUE_64 = (
+    -0.08333333333333315, 0.022222222222193534, -0.006746031744538705, 0.0021869488147878285,
+    -0.0007386023725483203, 0.0002565749472076815, -9.09541768407684e-05,
+    3.2629123692427735e-05, -1.1530091974281804e-05, 3.611982108220787e-06,
+    -7.170295355774862e-07,
+)
+_SLOPE_64 = (
+    -0.33333333333332854, 0.13333333333262093, -0.0539682539312682, 0.02186948757610254,
+    -0.008863221002700417, 0.003591989174171409, -0.0014549588790114668,
+    0.0005863165416739727, -0.00022856421066295903, 7.714436331846061e-05,
+    -1.6072566963512767e-05,
+)
+# fmt: on
+
+
+def pseudo_huber(
+    predictions: ArrayLike, targets: ArrayLike | None = None, *, delta: ArrayLike = 1.0
+) -> Array:
+    """Pseudo-Huber loss, `delta**2 (sqrt(1 + (r / delta)**2) - 1)`: a hyperbola.
+
+    Influence `r / sqrt(1 + (r / delta)**2)`, curvature `(1 + (r / delta)**2)**(-3/2)`;
+    smooth everywhere. Far out it is `delta (|r| - delta)`. The same curve is called
+    Charbonnier's in vision, and `soft_l1` in SciPy (there doubled).
+
+    Args:
+        predictions: real numbers of any shape; with `targets=None`, the residual itself.
+        targets: of exactly the same shape, or None.
+        delta: where the loss starts to bend, > 0, in the residual's units; broadcasts to the
+            residual and can be differentiated.
+
+    Returns:
+        The loss of each residual, in its shape and in the dtype that JAX promotes to.
+        NaN stays NaN, also as a slope; an infinite residual has the slope `delta`.
+
+    Raises:
+        ValueError: the shapes differ, or `delta` is not > 0 (traced: the result is NaN).
+        TypeError: complex or non-numeric input.
+
+    Source: Charbonnier et al. (1997), IEEE Transactions on Image Processing 6, 298-311;
+    Hartley and Zisserman (2003), Multiple View Geometry, appendix 6.
+
+    >>> pseudo_huber(jnp.array([0.75, -2.4]))
+    Array([0.25, 1.6 ], dtype=float32)
+    """
+    return elementwise(_pseudo_huber, predictions, targets, positive("delta", delta))
+
+
+# With the angle whose tangent is r / delta, every derivative is a polynomial in its sine and
+# cosine. Both are taken over max(|r|, delta), so nothing overflows.
+
+
+@with_partials(lambda r, d: _soft_clipped(r, d), lambda r, d: _pseudo_huber_delta(r, d))
+def _pseudo_huber(r: Array, delta: Array) -> Array:
+    a, half = jnp.abs(r), 0.5 * _finite(delta)
+    big, small = jnp.maximum(0.5 * a, half), jnp.minimum(0.5 * a, half)
+    t2 = (small / big) ** 2
+    # delta / big + sqrt(1 + t2), with the 1 added last: one rounding instead of three.
+    return 2 * small * (a / (1 + (half / big + t2 / (1 + jnp.sqrt(1 + t2)))))
+
+
+@with_partials(lambda r, d: _cos3(r, d), lambda r, d: _sin(r, d) ** 3)
+def _soft_clipped(r: Array, delta: Array) -> Array:
+    a = jnp.maximum(r, -r)
+    big, small = jnp.maximum(a, delta), jnp.minimum(a, delta)
+    return jnp.sign(r) * (4 * small / jnp.sqrt(16 + (4 * small / big) ** 2))
+
+
+@with_partials(lambda r, d: _sin(r, d) ** 3, lambda r, d: -(_versine(r, d) ** 2) * (2 + _cos(r, d)))
+def _pseudo_huber_delta(r: Array, delta: Array) -> Array:
+    delta = _finite(delta)
+    return delta * _versine(r, delta) ** 2 / _cos(r, delta)
+
+
+@with_partials(
+    lambda r, d: -3 * _sin(r, d) * _cos(r, d) ** 4 / d,
+    lambda r, d: 3 * _sin(r, d) ** 2 * _cos(r, d) ** 3 / d,
+)
+def _cos3(r: Array, delta: Array) -> Array:
+    # (1 + t**2)**(-3/2), times t**3 beyond delta; what the roundings of t, t**2 and 1 + t**2
+    # lost is put back, or it would come out threefold.
+    a, delta = _finite(jnp.abs(r)), _finite(delta)
+    t, lost_t = quotient(jnp.minimum(a, delta), jnp.maximum(a, delta))
+    t2 = t * t
+    lost_t2 = product_error(t, t) + 2 * t * lost_t
+    q = 1 + t2
+    lost_q = ((1 - q) + t2) + lost_t2
+    cube = 1 / (q * jnp.sqrt(q))
+    relative = 1.5 * lost_q / q
+    inside = cube - cube * relative
+    t3 = t * (t2 * cube)
+    outside = t3 + ((t * lost_t2 + t2 * lost_t) * cube - t3 * relative)
+    return jnp.where(a > delta, outside, inside)
+
+
+@with_partials(
+    lambda r, d: _cos(r, d) ** 3 / d,
+    lambda r, d: -_sin(r, d) * _cos(r, d) ** 2 / d,
+)
+def _sin(r: Array, delta: Array) -> Array:
+    """r / sqrt(r**2 + delta**2)."""
+    return _soft_clipped(r, delta) / delta
+
+
+@with_partials(
+    lambda r, d: -_sin(r, d) * _cos(r, d) ** 2 / d,
+    lambda r, d: _sin(r, d) ** 2 * _cos(r, d) / d,
+)
+def _cos(r: Array, delta: Array) -> Array:
+    """delta / sqrt(r**2 + delta**2)."""
+    a, delta = jnp.abs(r), _finite(delta)
+    big, small = jnp.maximum(a, delta), jnp.minimum(a, delta)
+    return delta / big / jnp.sqrt(1 + (small / big) ** 2)
+
+
+def _versine(r: Array, delta: Array) -> Array:
+    """1 - cos, without its cancellation at 0."""
+    return _sin(r, delta) ** 2 / (1 + _cos(r, delta))
+
+
+# Shared by the family.
+
+
+@with_partials(lambda r, d: _flat(r), lambda r, d: _flat(r))
+def _within(r: Array, delta: Array) -> Array:
+    """1 up to |r| = delta and 0 beyond; NaN stays NaN."""
+    return jnp.where(jnp.abs(r) > delta, 0.0, 1.0) + _flat(r + delta)
+
+
+@with_partials(lambda r, d: _flat(r), lambda r, d: _flat(r))
+def _beyond(r: Array, delta: Array) -> Array:
+    """sign(r) beyond |r| = delta and 0 up to there; NaN stays NaN."""
+    return jnp.where(jnp.abs(r) > delta, jnp.sign(r), 0.0) + _flat(r + delta)
+
+
+@with_partials(lambda r: _flat(r))
+def _flat(r: Array) -> Array:
+    """0, the derivative of a constant; NaN stays NaN."""
+    return jnp.where(jnp.isnan(r), r, 0.0)
+
+
+def _finite(x: Array) -> Array:
+    """inf as the largest finite number, so that inf - inf and 0 * inf do not arise."""
+    return jnp.minimum(x, jnp.finfo(x.dtype).max)

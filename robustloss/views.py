@@ -1,0 +1,111 @@
+"""What follows from a loss by differentiation: influence, weight, curvature.
+
+Each takes any elementwise loss of a residual, the library's or the user's own; fix its
+parameters with `functools.partial`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from robustloss.losses._elementwise import residual
+
+__all__ = ["curvature", "influence", "weight"]
+
+Loss = Callable[..., Array]
+
+
+def influence(loss: Loss, predictions: ArrayLike, targets: ArrayLike | None = None) -> Array:
+    """The influence psi(r) = rho'(r): how hard a point pulls, and which way.
+
+    Args:
+        loss: an elementwise function of the residual, such as `rl.huber`.
+        predictions: real numbers of any shape; with `targets=None`, the residual itself.
+        targets: of exactly the same shape, or None.
+
+    Returns:
+        The derivative of the loss at each residual, in its shape and dtype. At a kink, what
+        the loss takes there; NaN stays NaN.
+
+    Raises:
+        ValueError: the shapes differ.
+        TypeError: complex or non-numeric input.
+
+    >>> influence(rl.huber, jnp.array([-0.5, 9.0]))
+    Array([-0.5,  1. ], dtype=float32)
+    """
+    r, dtype = residual(predictions, targets)
+    return _derivative(loss)(r).astype(dtype)
+
+
+def curvature(loss: Loss, predictions: ArrayLike, targets: ArrayLike | None = None) -> Array:
+    """The curvature psi'(r) = rho''(r): what a second-order method divides by.
+
+    Args:
+        loss: an elementwise function of the residual, such as `rl.huber`.
+        predictions: real numbers of any shape; with `targets=None`, the residual itself.
+        targets: of exactly the same shape, or None.
+
+    Returns:
+        The second derivative of the loss at each residual, in its shape and dtype. A jump of
+        the influence, as that of `absolute_error` at 0, does not show in it.
+
+    Raises:
+        ValueError: the shapes differ.
+        TypeError: complex or non-numeric input.
+
+    >>> curvature(rl.huber, jnp.array([-0.5, 1.0, 9.0]))
+    Array([1., 1., 0.], dtype=float32)
+    """
+    r, dtype = residual(predictions, targets)
+    return _derivative(_derivative(loss))(r).astype(dtype)
+
+
+def weight(loss: Loss, predictions: ArrayLike, targets: ArrayLike | None = None) -> Array:
+    """The weight w(r) = psi(r) / r: what a point counts in reweighted least squares.
+
+    At r = 0 the limit is taken, which is the curvature there. Where the influence jumps at 0,
+    as that of `absolute_error` does, the limit is infinite, and `inf` is what you get: a
+    point that is met exactly holds the fit with no end to its weight. A reweighting loop over
+    such a loss has to bound the weights itself; a finite stand-in chosen here would only hide
+    that. At an infinite residual it is the limit too.
+
+    Args:
+        loss: an elementwise function of the residual, such as `rl.huber`.
+        predictions: real numbers of any shape; with `targets=None`, the residual itself.
+        targets: of exactly the same shape, or None.
+
+    Returns:
+        The weight at each residual, in its shape and dtype; NaN stays NaN.
+
+    Raises:
+        ValueError: the shapes differ.
+        TypeError: complex or non-numeric input.
+
+    >>> weight(rl.huber, jnp.array([0.0, 0.5, -4.0]))
+    Array([1.  , 1.  , 0.25], dtype=float32)
+    >>> weight(rl.absolute_error, jnp.array([0.0, 0.5, -4.0]))
+    Array([ inf, 2.  , 0.25], dtype=float32)
+    """
+    r, dtype = residual(predictions, targets)
+    slope, bend = _derivative(loss), _derivative(_derivative(loss))(r)
+    # Next to 0 a smooth influence is about bend * r; one that jumps is far above it.
+    beside = jnp.finfo(r.dtype).tiny
+    psi = slope(jnp.where(r == 0, beside, r))
+    jumps = jnp.abs(psi) > (1 + jnp.abs(bend)) * beside / jnp.finfo(r.dtype).eps
+    at_zero = jnp.where(jumps, jnp.copysign(jnp.inf, psi), bend)
+    ratio = psi / jnp.where(r == 0, beside, r)
+    return jnp.where(r == 0, at_zero, jnp.where(jnp.isinf(r), bend, ratio)).astype(dtype)
+
+
+def _derivative(loss: Loss) -> Callable[[Array], Array]:
+    # A loss acts on each residual alone, so one tangent of ones reaches every derivative.
+    def derivative(r: Array) -> Array:
+        return jax.jvp(loss, (r,), (jnp.ones_like(r),))[1]
+
+    return derivative
