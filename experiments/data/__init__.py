@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments import UsageError
+
 _FOLDER = Path(__file__).parent
 
 # float() alone would also take "1_000" and digits of other scripts
@@ -95,7 +97,7 @@ _BUILT_IN: dict[str, tuple[str, tuple[str, ...], str]] = {
 }
 
 
-class DataError(ValueError):
+class DataError(UsageError):
     """Input that cannot be used; the message is one clear sentence for the user."""
 
 

@@ -23,6 +23,7 @@ from robustloss.losses._elementwise import (
     between,
     elementwise,
     positive,
+    product_error,
     quotient,
     with_partials,
 )

@@ -1,0 +1,471 @@
+"""What does each loss make of the outliers in a data set, built in or your own?
+
+Fits a linear model with every loss and shows the coefficients, the rows that a loss all but
+ignores, and pictures. Columns are standardised for the fit and the coefficients transformed
+back. A loss with a `delta` gets its tuning constant for 95 % efficiency at the normal, times
+a robust scale of the residuals: the MAD / 0.6745 of Huber's fit, each found with the other.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import inspect
+import io
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Column, Table
+
+import robustloss as rl
+from experiments import UsageError, _results
+from experiments.data import Data, load, read_csv
+
+TUNING = {"huber": 1.344998, "log_cosh": 1.204707, "pseudo_huber": 1.287099}
+"""Of the losses with a `delta`: 95 % efficient at the normal (each solves E psi'^2 / E psi^2)."""
+
+TITLES = {
+    "squared_error": "MSE",
+    "absolute_error": "MAE",
+    "log_cosh": "log-cosh",
+    "pseudo_huber": "pseudo-Huber",
+}
+ALIASES = {"mse": "squared_error", "mae": "absolute_error"}
+LOW = 0.5  # a row that counts less than this share of a typical row is named
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of `compare`."""
+
+    data: str = "phones"
+    """A built-in data set; see experiments/data/SOURCES.md for what each is."""
+    csv: Path | None = None
+    """A CSV file of your own, with a header; needs --target."""
+    target: str | None = None
+    """The column of --csv to predict."""
+    features: tuple[str, ...] = ()
+    """The columns of --csv to predict it from; all others by default."""
+    drop_missing: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Leave out the rows of --csv with blanks instead of refusing the file."""
+    losses: tuple[str, ...] = tuple(rl.LOSSES)
+    """The losses to compare."""
+    scale: float | None = None
+    """The scale of the residuals, in units of the target; estimated by default."""
+    steps: int = 5000
+    """The most steps of a fit."""
+    seed: int | None = None
+    """Start from a random plane instead of the mean; a convex loss ends in the same place."""
+    out: Path | None = None
+    """Where to write; results/compare-NAME by default."""
+    plots: bool = True
+    """Draw the pictures."""
+
+
+class Result(NamedTuple):
+    """The fits, losses in the order asked for, everything in the data's own units."""
+
+    data: Data
+    losses: tuple[str, ...]
+    scale: float  # of the residuals, in units of the target
+    scale_note: str
+    deltas: np.ndarray  # NaN where a loss has none
+    coefficients: np.ndarray  # (losses, 1 + features), the intercept first
+    residuals: np.ndarray  # (losses, rows), fitted minus observed
+    spreads: np.ndarray  # MAD / 0.6745 of each fit's residuals
+    objectives: np.ndarray  # mean loss
+    weights: np.ndarray  # (losses, rows), relative to a typical row, at most 1
+    steps: np.ndarray
+    converged: np.ndarray
+    kinked: np.ndarray  # whether a loss has no slope at its minimum
+    seconds: np.ndarray
+
+
+def run(config: Config, progress: Callable[[str], None] = lambda what: None) -> Result:
+    """Fits every loss of the config to its data."""
+    names = tuple(dict.fromkeys(_known(name) for name in config.losses))
+    data = _data(config)
+    if config.steps < 1:
+        raise UsageError(f"--steps must be >= 1, got {config.steps}.")
+    if config.scale is not None and not 0 < config.scale < np.inf:
+        raise UsageError(f"--scale must be a positive number, got {config.scale}.")
+    with jax.enable_x64(True):
+        return _run(config, data, names, progress)
+
+
+def _run(
+    config: Config, data: Data, names: tuple[str, ...], progress: Callable[[str], None]
+) -> Result:
+    center, spread = data.X.mean(0), data.X.std(0, ddof=1)
+    target_center, target_spread = data.y.mean(), data.y.std(ddof=1)
+    X = np.column_stack([np.ones(len(data.y)), (data.X - center) / spread])
+    y = (data.y - target_center) / target_spread
+    start = np.zeros(X.shape[1])
+    if config.seed is not None:
+        start = np.asarray(jax.random.normal(jax.random.key(config.seed), start.shape))
+    smooth, kinked = optax.lbfgs(), optax.adam(optax.cosine_decay_schedule(0.1, config.steps))
+
+    seconds: dict[str, float] = {}
+
+    def fit(name: str, delta: float) -> rl.Fit:
+        loss = _loss(name, delta)
+        optimizer = kinked if _has_kink(loss) else smooth
+        begin = time.perf_counter()
+        found = jax.block_until_ready(
+            rl.fit(loss, _plane, start, X, y, optimizer=optimizer, steps=config.steps)
+        )
+        seconds.setdefault(name, time.perf_counter() - begin)  # the first one compiles
+        return found
+
+    progress("scale")
+    if config.scale is None:
+        unit, note = _scale(fit, X, y, data)
+    else:
+        unit, note = config.scale / target_spread, "given by --scale"
+
+    deltas, fits = [], []
+    for name in names:
+        progress(name)
+        deltas.append(TUNING[name] * unit if _has_delta(name) else np.nan)
+        fits.append(fit(name, deltas[-1]))
+
+    slopes = np.array([f.params for f in fits]) * target_spread
+    slopes[:, 1:] /= spread
+    slopes[:, 0] += target_center - slopes[:, 1:] @ center
+    residuals = slopes[:, :1] + slopes[:, 1:] @ data.X.T - data.y
+    deltas = np.array(deltas) * target_spread
+    losses = [_loss(name, delta) for name, delta in zip(names, deltas, strict=True)]
+    return Result(
+        data=data,
+        losses=names,
+        scale=float(unit * target_spread),
+        scale_note=note,
+        deltas=deltas,
+        coefficients=slopes,
+        residuals=residuals,
+        spreads=np.median(np.abs(residuals), axis=1) / _MAD_AT_NORMAL,
+        objectives=np.array([rl.mean(f, r) for f, r in zip(losses, residuals, strict=True)]),
+        weights=np.array([_relative(f, r) for f, r in zip(losses, residuals, strict=True)]),
+        steps=np.array([f.steps for f in fits]),
+        converged=np.array([f.converged for f in fits]),
+        kinked=np.array([_has_kink(f) for f in losses]),
+        seconds=np.array([seconds[name] for name in names]),
+    )
+
+
+def check(result: Result) -> None:
+    """No loss is smaller at another loss's fit than at its own, to what each fit promises."""
+    for i, name in enumerate(result.losses):
+        loss = _loss(name, result.deltas[i])
+        with jax.enable_x64(True):
+            best = min(float(rl.mean(loss, r)) for r in result.residuals)
+        slack = 1e-3 if result.kinked[i] else 1e-9
+        assert result.objectives[i] <= best * (1 + slack), f"{name} is smaller at another fit"
+        assert result.kinked[i] or result.converged[i], f"{name} did not converge"
+
+
+def findings(result: Result) -> list[str]:
+    """What differs and what it means, in plain sentences."""
+    said = []
+    robust = next((n for n in ("huber", "pseudo_huber", "log_cosh") if n in result.losses), None)
+    low = _low(result)
+    if robust and "squared_error" in result.losses:
+        said += _mse_against(result, robust, low[robust])
+    if robust and len(low[robust]):
+        weights = result.weights[result.losses.index(robust)]
+        least, most = weights.min(), weights[weights < LOW].max()
+        share = f"{least:.2g}" if least == most else f"{least:.2g} to {most:.2g}"
+        said.append(
+            f"{title(robust)} gives {_rows(low[robust])} {share} of a typical row's weight; "
+            "in MSE every row counts in full, and the largest residual pulls most."
+        )
+    unseen = np.setdiff1d(_far_rows(result.data), low[robust] if robust else [])
+    if len(unseen):
+        said.append(
+            f"Far out in the features, yet near the fits: {_rows(unseen)}. No convex loss can "
+            "tell a bad leverage point from a good one, and all of them give way to it: look at "
+            f"{'it' if len(unseen) == 1 else 'them'} before you trust a number here."
+        )
+    for name, converged, kinked, steps in zip(
+        result.losses, result.converged, result.kinked, result.steps, strict=True
+    ):
+        if kinked and converged:
+            said.append(
+                f"{title(name)} came to rest where its gradient is exactly 0: its minimum is "
+                "flat, other coefficients are as good, and these depend on the start."
+            )
+        elif kinked:
+            said.append(
+                f"{title(name)} is never reported as converged: its gradient jumps at the "
+                f"minimum instead of getting small, so the fit takes all its {steps} steps."
+            )
+        elif not converged:
+            said.append(f"{title(name)} did NOT converge in {steps} steps: raise --steps.")
+    return said
+
+
+def show(result: Result, console: Console) -> None:
+    """The tables and the findings."""
+    data = result.data
+    console.print(
+        f"{data.name}: {data.target} from {', '.join(data.features)}; "
+        f"{len(data.y)} rows. {data.note}\n"
+        f"Scale of the residuals: {result.scale:.6g} ({result.scale_note}).\n",
+        highlight=False,
+        markup=False,
+    )
+
+    table = Table("", *[title(name) for name in result.losses], title="Coefficients")
+    for term, values in zip(("intercept", *data.features), result.coefficients.T, strict=True):
+        table.add_row(term, *[f"{v:.6g}" for v in values])
+    console.print(table)
+
+    table = Table(
+        Column("loss", no_wrap=True),
+        *("delta", "MAD / 0.6745", "objective", "steps", "converged", "seconds"),
+        title="Fits (seconds: of the first fit, compilation included)",
+    )
+    for i, name in enumerate(result.losses):
+        table.add_row(
+            title(name),
+            "-" if np.isnan(result.deltas[i]) else f"{result.deltas[i]:.4g}",
+            f"{result.spreads[i]:.4g}",
+            f"{result.objectives[i]:.6g}",
+            str(result.steps[i]),
+            "yes" if result.converged[i] else "no",
+            f"{result.seconds[i]:.2f}",
+        )
+    console.print(table)
+
+    table = Table(
+        Column("loss", no_wrap=True),
+        f"rows that count less than {LOW:.0%} of a typical row: weight",
+    )
+    for (name, rows), weights in zip(_low(result).items(), result.weights, strict=True):
+        by_row = dict(zip(data.rows, weights, strict=True))
+        if len(rows) > 12:
+            text = f"{len(rows)} of {len(data.y)} rows"
+        else:
+            text = ", ".join(f"{row}: {by_row[row]:.2f}" for row in rows) or "none"
+        table.add_row(title(name), text)
+    console.print(table)
+    for sentence in findings(result):
+        console.print(f"- {sentence}", highlight=False, markup=False)
+
+
+def files(config: Config, result: Result) -> dict[str, bytes]:
+    """What goes into the output folder."""
+    text = io.StringIO()
+    table = csv.writer(text)
+    table.writerow(("loss", "intercept", *result.data.features))
+    table.writerows(
+        (name, *map(float, row))
+        for name, row in zip(result.losses, result.coefficients, strict=True)
+    )
+    written = {"coefficients.csv": text.getvalue().encode()}
+    written["result.json"] = _results.record(
+        config,
+        data={"name": result.data.name, "rows": len(result.data.y), "note": result.data.note},
+        scale={"value": result.scale, "from": result.scale_note},
+        fits={
+            name: {
+                "delta": None if np.isnan(result.deltas[i]) else result.deltas[i],
+                "coefficients": result.coefficients[i],
+                "robust_scale": result.spreads[i],
+                "objective": result.objectives[i],
+                "steps": result.steps[i],
+                "converged": result.converged[i],
+                "seconds": result.seconds[i],
+                "low_weight_rows": _low(result)[name],
+            }
+            for i, name in enumerate(result.losses)
+        },
+        findings=findings(result),
+    )
+    if config.plots:
+        from experiments import _compare_plots  # noqa: PLC0415  (matplotlib takes a second)
+
+        pictures = _compare_plots.plot(result)
+        written |= {f"{name}.png": _results.picture(f) for name, f in pictures.items()}
+    return written
+
+
+def main(config: Config) -> int:
+    """The experiment as a command."""
+    out = (
+        config.out or Path("results") / f"compare-{config.csv.stem if config.csv else config.data}"
+    )
+    _results.check_writable(out)
+    console = Console()
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("reading", total=len(config.losses) + 2)
+
+        def progress(what: str) -> None:
+            bar.update(task, advance=1, description=what)
+
+        result = run(config, progress)
+        progress("writing")
+        check(result)
+        _results.write(out, files(config, result))
+    show(result, console)
+    console.print(f"\nWritten to {out}/", highlight=False, markup=False)
+    return 0
+
+
+_MAD_AT_NORMAL = 0.6744897501960817
+
+
+def _scale(
+    fit: Callable[[str, float], rl.Fit], X: np.ndarray, y: np.ndarray, data: Data
+) -> tuple[float, str]:
+    """MAD / 0.6745 of the residuals of Huber's fit, each found with the other, from MAE on.
+
+    Where more than half of the residuals are 0, so is the MAD; then their mean size counts.
+    """
+
+    def residuals(found: rl.Fit) -> np.ndarray:
+        return np.abs(X @ np.asarray(found.params) - y)
+
+    size = residuals(fit("absolute_error", np.nan))
+    exact = 1e-6  # of the target's spread: what a first-order fit leaves of an exact one
+    for _ in range(200):
+        scale = float(np.median(size)) / _MAD_AT_NORMAL
+        if scale < exact:
+            break
+        size = residuals(fit("huber", TUNING["huber"] * scale))
+        if abs(np.median(size) / _MAD_AT_NORMAL - scale) <= 1e-9 * scale:
+            return scale, "MAD / 0.6745 of Huber's residuals, found together with the fit"
+    else:
+        return scale, "MAD / 0.6745 of Huber's residuals after 200 rounds, not yet settled"
+    mean = float(np.sqrt(np.pi / 2) * np.mean(size))
+    if mean >= exact:
+        return (
+            mean,
+            "half of the rows lie on the fit, so the MAD is 0; 1.25 mean |residual| instead",
+        )
+    return 1.0, "all rows lie on the fit; the standard deviation of the target instead"
+
+
+def _data(config: Config) -> Data:
+    if config.csv is None:
+        for option, value in (("--target", config.target), ("--features", config.features)):
+            if value:
+                raise UsageError(f"{option} describes a --csv file, but none was given.")
+        return load(config.data)
+    if config.target is None:
+        raise UsageError("--csv needs --target, the name of the column to predict.")
+    return read_csv(
+        config.csv, config.target, config.features or None, drop_missing=config.drop_missing
+    )
+
+
+def _known(name: str) -> str:
+    """The library's name of a loss, or an error with the nearest one."""
+    name = ALIASES.get(name.lower(), name)
+    if name not in rl.LOSSES:
+        near = difflib.get_close_matches(name, [*rl.LOSSES, *ALIASES], n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(rl.LOSSES)}."
+        raise UsageError(f"no loss is called {name!r}; {hint}")
+    if _has_delta(name) and name not in TUNING:
+        raise UsageError(f"{name} has a delta but no constant in experiments/compare.py: TUNING.")
+    return name
+
+
+def _has_delta(name: str) -> bool:
+    return "delta" in inspect.signature(rl.LOSSES[name]).parameters
+
+
+def _loss(name: str, delta: float) -> Callable[..., jax.Array]:
+    return partial(rl.LOSSES[name], delta=float(delta)) if _has_delta(name) else rl.LOSSES[name]
+
+
+def _has_kink(loss: Callable[..., jax.Array]) -> bool:
+    return bool(jnp.isinf(rl.weight(loss, 0.0)))
+
+
+def _plane(params: jax.Array, X: jax.Array) -> jax.Array:
+    return X @ params
+
+
+def _relative(loss: Callable[..., jax.Array], residuals: np.ndarray) -> np.ndarray:
+    """Weights over that of a residual of typical (median) size, at most 1."""
+    typical = float(np.median(np.abs(residuals)))
+    weights, unit = np.asarray(rl.weight(loss, residuals)), float(rl.weight(loss, typical))
+    with np.errstate(invalid="ignore"):
+        return np.where(np.isinf(weights), 1.0, np.minimum(weights / unit, 1.0))
+
+
+def _low(result: Result) -> dict[str, np.ndarray]:
+    """Per loss the rows that it gives less than LOW of a typical row's weight."""
+    return {
+        name: result.data.rows[weights < LOW]
+        for name, weights in zip(result.losses, result.weights, strict=True)
+    }
+
+
+def _mse_against(result: Result, robust: str, low: np.ndarray) -> list[str]:
+    """The slope that differs most between MSE and a robust loss, over a row's usual range."""
+    data = result.data
+    mse, other = (
+        result.coefficients[result.losses.index(n), 1:] for n in ("squared_error", robust)
+    )
+    spread = data.X.std(0, ddof=1)
+    j = int(np.argmax(np.abs(mse - other) * spread))
+    slope = f"slope of {data.features[j]}" if len(data.features) > 1 else "slope"
+    against = f"({mse[j]:.4g} against {other[j]:.4g})"
+    if abs(mse[j] - other[j]) * spread[j] < 0.25 * result.scale:
+        return [f"MSE and {title(robust)} nearly agree: {slope} {against}."]
+    if mse[j] * other[j] > 0:
+        more = f"{mse[j] / other[j]:.2g} times {title(robust)}'s"
+    else:
+        more = f"of the other sign than {title(robust)}'s"
+    said = f"MSE's {slope} is {more} {against}"
+    keep = ~np.isin(data.rows, low)
+    X = np.column_stack([np.ones(keep.sum()), data.X[keep]])
+    if len(low) > 0 and X.shape[0] > X.shape[1]:
+        without = np.linalg.lstsq(X, data.y[keep])[0][1 + j]
+        if abs(without - other[j]) < 0.5 * abs(mse[j] - other[j]):
+            verb = "is" if len(low) == 1 else "are"
+            return [f"{said}; {_rows(low)} {verb} why: without, MSE gives {without:.4g}."]
+        return [f"{said}; leaving out {_rows(low)}, MSE gives {without:.4g}."]
+    return [f"{said}; no single row is why."]
+
+
+def _far_rows(data: Data) -> np.ndarray:
+    """Rows that are in some feature more than five robust deviations from its median."""
+    distance = np.abs(data.X - np.median(data.X, axis=0))
+    mad = np.median(distance, axis=0) / _MAD_AT_NORMAL
+    return data.rows[np.any(distance > 5 * np.where(mad > 0, mad, data.X.std(0)), axis=1)]
+
+
+def title(name: str) -> str:
+    """How a loss is called in tables and pictures."""
+    return TITLES.get(name, name.replace("_", "-").capitalize())
+
+
+def _rows(rows: Sequence[int]) -> str:
+    """`row 7`, or `rows 3 and 15 to 20`."""
+    runs: list[list[int]] = []
+    for row in map(int, rows):
+        if runs and row == runs[-1][1] + 1:
+            runs[-1][1] = row
+        else:
+            runs.append([row, row])
+    if len(rows) > 30:
+        return f"{len(rows)} rows"
+    parts = []
+    for a, b in runs:
+        parts += [str(a), str(b)][: b - a + 1] if b - a < 2 else [f"{a} to {b}"]
+    text = ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + parts[-1]
+    return f"{'row' if len(rows) == 1 else 'rows'} {text}"

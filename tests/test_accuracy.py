@@ -1,0 +1,191 @@
+"""Value, slope and curvature of every loss, in units in the last place of the truth."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from mpmath import mp, mpf
+from witnesses import TRUTH, Witness
+
+import robustloss as rl
+
+NAMES = sorted(rl.LOSSES)
+CASES = [(name, delta) for name in NAMES if name in TRUTH for delta in TRUTH[name].deltas]
+TINY, MAX = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+FLUSHED = 1.18e-38
+QUANTITIES = ("value", "slope", "curvature")
+WORST = []
+
+
+def with_delta(name: str, delta: float) -> dict[str, float]:
+    return {"delta": delta} if len(TRUTH[name].deltas) > 1 else {}
+
+
+def three(name: str, r: jax.Array, **parameters: jax.Array) -> tuple[jax.Array, ...]:
+    """Value, slope and curvature, by forward mode."""
+
+    def slope(r):
+        return jax.jvp(partial(rl.LOSSES[name], **parameters), (r,), (jnp.ones_like(r),))[1]
+
+    curvature = jax.jvp(slope, (r,), (jnp.ones_like(r),))[1]
+    return rl.LOSSES[name](r, **parameters), slope(r), curvature
+
+
+traced = jax.jit(three, static_argnums=0)
+
+
+def compiled(mode: str, name: str, r: np.ndarray, delta: float) -> tuple[np.ndarray, ...]:
+    """`three` under jit, with delta as a constant of the program or as its argument."""
+    parameters = with_delta(name, delta)
+    if mode == "traced":
+        return tuple(map(np.asarray, traced(name, r, **parameters)))
+    return tuple(map(np.asarray, jax.jit(partial(three, name, **parameters))(r)))
+
+
+def ulps(got: np.ndarray, true: np.ndarray, dtype: type = np.float32) -> np.ndarray:
+    """The error of `got`; inf stands for the power of two above the largest number."""
+    info = jnp.finfo(dtype)
+    top = 2.0 ** float(info.maxexp)
+    got = np.where(np.isposinf(got), top, np.where(np.isneginf(got), -top, got.astype(np.float64)))
+    overflown = (np.abs(got) == top) & (np.abs(true) >= top) & (np.sign(got) == np.sign(true))
+    size = np.maximum(np.abs(true), float(info.tiny))
+    unit = np.ldexp(1.0, np.frexp(size)[1] - 1 - info.nmant)
+    with np.errstate(invalid="ignore"):
+        error = np.where(overflown | (got == true), 0.0, np.abs(got - true) / unit)
+    return np.where(np.isnan(true), np.where(np.isnan(got), 0.0, np.inf), error)
+
+
+def worst(got: np.ndarray, true: np.ndarray, r: np.ndarray, limit: float) -> str | None:
+    """The worst error where it is over the limit.
+
+    XLA computes in float32 and flushes its subnormals, which are bfloat16's too but not
+    float16's: there only the size of the result is checked.
+    """
+    error = ulps(got, true, got.dtype)
+    if got.dtype != np.float16:
+        small = np.abs(true) < TINY
+        error = np.where(small, np.where(np.abs(got) <= FLUSHED, 0.0, np.inf), error)
+    error = np.where(np.isnan(error), np.inf, error)
+    i = error.argmax()
+    WORST.append(float(error[i]))
+    if error[i] <= limit:
+        return None
+    return f"{error[i]} ulp at r = {r[i]!r}: {got[i]!r} instead of {true[i]!r}"
+
+
+def sample(delta: float, many: int = 1 << 16) -> np.ndarray:
+    """float32 residuals of all magnitudes and signs, and near where a formula may change."""
+    random = np.random.default_rng(0)
+    everywhere = 2.0 ** random.uniform(-126, 128, 2 * many)
+    bend = delta * 2.0 ** random.uniform(-4, 4, 2 * many)
+    joints = np.float32(delta) * np.r_[np.arange(1, 65) / 16, 0.61875, 8, 9, 44, 87, 1e4]
+    ticks = 1 + np.arange(-32, 33) * 2.0**-23
+    ties = np.ldexp(1.0, np.arange(-126, 128))
+    edge = MAX * (1 - np.arange(64) * 2.0**-24)
+    r = np.r_[everywhere, bend, np.outer(joints.astype(np.float32), ticks).ravel(), ties, edge]
+    # Values that overflow do so from somewhere: there too, sqrt(max) and max / delta.
+    for center in (MAX**0.5, (2 * MAX) ** 0.5, MAX / delta, MAX / 2):
+        r = np.r_[r, center * ticks]
+    with np.errstate(over="ignore"):
+        r = np.unique(r.astype(np.float32))
+    r = r[(r >= TINY) & (r <= MAX)]
+    return np.r_[-r[::-1], np.float32([-0.0, 0.0]), r]
+
+
+def test_every_loss_has_a_witness():
+    for name in rl.LOSSES:
+        assert name in TRUTH, f"loss {name} has no witness in tests/witnesses.py"
+    for name in TRUTH:
+        assert name in rl.LOSSES, f"witness {name} in tests/witnesses.py has no loss"
+
+
+@pytest.mark.parametrize(("name", "delta"), CASES)
+def test_the_witness_agrees_with_itself(name, delta):
+    """Bulk against mpmath, and the derivatives by hand against numerical ones."""
+    truth, d = TRUTH[name], float(np.float32(delta))
+    r = sample(delta)
+    r = np.random.default_rng(1).choice(r, 200).astype(np.float64)
+    for m, bulk in enumerate(truth.bulk(r, d)):
+        for x, b in zip(r, bulk, strict=True):
+            assert close(b, truth(x, d, m)), (x, b, truth(x, d, m))
+
+
+@pytest.mark.parametrize("name", TRUTH)
+@pytest.mark.parametrize("u", [-2.7, -0.6, 0.3, 1.4])
+def test_the_derivatives_of_the_witness(name, u):
+    truth, scaled = TRUTH[name], bool(with_delta(name, 1.5))
+    d = 1.5 if scaled else 1.0
+    for m, n in [(m, n) for m in range(4) for n in range(4 - m) if scaled or n == 0]:
+        numeric = mp.diff(truth.value, (mpf(u * d), mpf(d)), (m, n))
+        assert abs(numeric - truth(u * d, d, m, n)) < 1e-10, (m, n)
+
+
+def close(b: float, true: mpf) -> bool:
+    return abs(mpf(float(b)) - true) <= 1e-13 * abs(true) or abs(true) < 1e-290
+
+
+@pytest.mark.parametrize("mode", ["constant", "traced"])
+@pytest.mark.parametrize(("name", "delta"), CASES)
+def test_float32(name, delta, mode):
+    truth, r = TRUTH[name], sample(delta)
+    got = compiled(mode, name, r, delta)
+    true = truth.bulk(r.astype(np.float64), float(np.float32(delta)))
+    limits = truth.limits(delta)
+    wrong = [worst(g, t, r, limit) for g, t, limit in zip(got, true, limits, strict=True)]
+    assert wrong == [None] * 3
+    value, slope, _ = got
+    assert np.all(value >= 0)
+    np.testing.assert_array_equal(value.view(np.int32), value[::-1].view(np.int32))
+    np.testing.assert_array_equal(slope, -slope[::-1])
+    assert np.all(value[r == 0] == 0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize(("name", "delta"), CASES)
+def test_all_inputs_of_16_bits(name, delta, dtype):
+    r = np.arange(1 << 16, dtype=np.uint16).view(dtype)
+    got = compiled("traced", name, r, delta)
+    with np.errstate(all="ignore"):
+        true = true_with_limits(TRUTH[name], r.astype(np.float64), float(np.float32(delta)))
+    assert all(g.dtype == dtype for g in got)
+    wrong = [worst(g, t, r, 0.51) for g, t in zip(got, true, strict=True)]
+    assert wrong == [None] * 3
+
+
+def true_with_limits(truth: Witness, r: np.ndarray, d: float) -> list[np.ndarray]:
+    """Of the float64 formulas, with NaN at NaN and, at inf, what 1e100 shows the limit to be."""
+    far = np.where(np.isinf(r), np.copysign(1e100, r), r)
+    value, *others = truth.bulk(np.where(np.isnan(r), 1.0, far), d)
+    value = np.where(np.isinf(r), np.inf, value)
+    return [np.where(np.isnan(r), np.nan, t) for t in (value, *others)]
+
+
+@pytest.mark.parametrize("mode", ["constant", "traced"])
+@pytest.mark.parametrize("name", NAMES)
+def test_float64(name, mode):
+    truth = TRUTH[name]
+    random = np.random.default_rng(2)
+    for delta in sorted({truth.deltas[0], *truth.deltas[1:5], 1e-30}) if truth.deltas[1:] else (1.0,):
+        magnitude = np.r_[2.0 ** random.uniform(-200, 200, 150), 2.0 ** random.uniform(-5, 5, 350)]
+        joints = np.r_[0.61875, 0.625, 1, 2] * (1 + np.arange(-3, 4)[:, None] * 2.0**-52)
+        r = delta * np.r_[0.0, magnitude * random.choice([-1, 1], 500), joints.ravel()]
+        with jax.enable_x64(True):
+            got = compiled(mode, name, r, delta)
+        for m, quantity in enumerate(QUANTITIES):
+            assert got[m].dtype == np.float64
+            for x, g in zip(r, got[m], strict=True):
+                error = ulps64(g, truth(x, delta, m))
+                assert error <= 8, f"{quantity}: {error} ulp at r = {x!r}, delta = {delta}"
+
+
+def ulps64(got: float, true: mpf) -> float:
+    if true == 0:
+        return 0.0 if got == 0 else np.inf
+    exponent = max(mp.frexp(true)[1] - 1, -1022)
+    if exponent == -1022:
+        return 0.0 if abs(got) <= 2.3e-308 else np.inf
+    return float(abs(mpf(float(got)) - true) / mpf(2) ** (exponent - 52))
