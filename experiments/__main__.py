@@ -7,8 +7,11 @@ import difflib
 import importlib
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from experiments import UsageError
@@ -48,12 +51,42 @@ def main(arguments: list[str]) -> int:
         description=module.__doc__,
     )
     try:
-        return module.main(config)
+        return perform(module, config)
     except UsageError as error:
         return refuse(str(error))
     except KeyboardInterrupt:
         print("\ninterrupted; nothing was written.", file=sys.stderr)
         return 130
+
+
+def perform(module: ModuleType, config: Any) -> int:
+    """Runs, checks its finding, writes the results whole and shows them."""
+    from experiments import _results  # noqa: PLC0415
+
+    out = module.folder(config)
+    _results.check_writable(out)
+    console = Console()
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("reading", total=1.0)
+
+        def progress(done: float, what: str) -> None:
+            bar.update(task, completed=done, description=what)
+
+        result = module.run(config, progress)
+        try:
+            module.check(result)
+        except AssertionError as finding:
+            failed = f"the finding does not hold: {finding}; nothing was written."
+        else:
+            failed = ""
+            progress(1.0, "writing")
+            _results.write(out, module.files(config, result))
+    module.show(result, console)
+    if failed:
+        print(f"error: {failed}", file=sys.stderr)
+        return 1
+    console.print(f"\nWritten to {out}/", highlight=False, markup=False)
+    return 0
 
 
 def refuse(sentence: str) -> int:

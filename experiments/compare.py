@@ -25,7 +25,6 @@ import numpy as np
 import optax
 import tyro
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Column, Table
 
 import robustloss as rl
@@ -43,6 +42,9 @@ TITLES = {
 }
 ALIASES = {"mse": "squared_error", "mae": "absolute_error"}
 LOW = 0.5  # a row that counts less than this share of a typical row is named
+
+
+Progress = Callable[[float, str], None]  # the share that is done, and what is done next
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Result(NamedTuple):
     seconds: np.ndarray
 
 
-def run(config: Config, progress: Callable[[str], None] = lambda what: None) -> Result:
+def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
     """Fits every loss of the config to its data."""
     names = tuple(dict.fromkeys(_known(name) for name in config.losses))
     data = _data(config)
@@ -104,9 +106,7 @@ def run(config: Config, progress: Callable[[str], None] = lambda what: None) -> 
         return _run(config, data, names, progress)
 
 
-def _run(
-    config: Config, data: Data, names: tuple[str, ...], progress: Callable[[str], None]
-) -> Result:
+def _run(config: Config, data: Data, names: tuple[str, ...], progress: Progress) -> Result:
     center, spread = data.X.mean(0), data.X.std(0, ddof=1)
     target_center, target_spread = data.y.mean(), data.y.std(ddof=1)
     X = np.column_stack([np.ones(len(data.y)), (data.X - center) / spread])
@@ -128,15 +128,15 @@ def _run(
         seconds.setdefault(name, time.perf_counter() - begin)  # the first one compiles
         return found
 
-    progress("scale")
+    progress(0, "scale")
     if config.scale is None:
         unit, note = _scale(fit, X, y, data)
     else:
         unit, note = config.scale / target_spread, "given by --scale"
 
     deltas, fits = [], []
-    for name in names:
-        progress(name)
+    for i, name in enumerate(names):
+        progress((1 + i) / (2 + len(names)), name)
         deltas.append(TUNING[name] * unit if _has_delta(name) else np.nan)
         fits.append(fit(name, deltas[-1]))
 
@@ -301,26 +301,10 @@ def files(config: Config, result: Result) -> dict[str, bytes]:
     return written
 
 
-def main(config: Config) -> int:
-    """The experiment as a command."""
-    out = (
-        config.out or Path("results") / f"compare-{config.csv.stem if config.csv else config.data}"
-    )
-    _results.check_writable(out)
-    console = Console()
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("reading", total=len(config.losses) + 2)
-
-        def progress(what: str) -> None:
-            bar.update(task, advance=1, description=what)
-
-        result = run(config, progress)
-        progress("writing")
-        check(result)
-        _results.write(out, files(config, result))
-    show(result, console)
-    console.print(f"\nWritten to {out}/", highlight=False, markup=False)
-    return 0
+def folder(config: Config) -> Path:
+    """Where the results go."""
+    name = config.csv.stem if config.csv else config.data
+    return config.out or Path("results") / f"compare-{name}"
 
 
 _MAD_AT_NORMAL = 0.6744897501960817

@@ -134,24 +134,35 @@ def with_partials(*partials: Kernel) -> Callable[[Kernel], Kernel]:
     return decorate
 
 
+# A compiler may fuse a product into a sum and so skip its rounding. Below, every product in a
+# sum is one of half significands, which is exact either way.
+
+
+def product(x: Array, y: Array) -> tuple[Array, Array]:
+    """`x * y` rounded to one bit less than x has, and what that took from it."""
+    info = jnp.finfo(x.dtype)
+    p = lax.reduce_precision(x * y, info.nexp, info.nmant - 1)
+    return p, -_minus_product(p, x, y)
+
+
 def quotient(x: Array, y: Array) -> tuple[Array, Array]:
     """`x / y` for finite x and y > 0, and what rounding took from it."""
     y, exponent = jnp.frexp(y)  # y in [1/2, 1), lest a product under- or overflows
     x = jnp.ldexp(x, -exponent)
     q = x / y
-    return q, ((x - q * y) - product_error(q, y)) / y
+    return q, _minus_product(x, q, y) / y
 
 
-def product_error(x: Array, y: Array) -> Array:
-    """What rounding took from `x * y`."""
-    bits = jnp.finfo(x.dtype).nmant // 2  # half a significand: products of halves are exact
+def _minus_product(z: Array, x: Array, y: Array) -> Array:
+    """`z - x y` for a z that is next to it."""
+    info = jnp.finfo(x.dtype)
 
     def halves(x: Array) -> tuple[Array, Array]:
-        high = lax.reduce_precision(x, jnp.finfo(x.dtype).nexp, bits)
+        high = lax.reduce_precision(x, info.nexp, info.nmant // 2)
         return high, x - high
 
     (x1, x0), (y1, y0) = halves(x), halves(y)
-    return ((x1 * y1 - x * y) + (x1 * y0 + x0 * y1)) + x0 * y0
+    return ((z - x1 * y1) - x1 * y0 - x0 * y1) - x0 * y0
 
 
 def _inexact(*arrays: Array) -> jnp.dtype:

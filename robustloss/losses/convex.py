@@ -6,7 +6,8 @@ residual keeps a say in it.
 How the values are written serves their mean and its gradient, which XLA compiles into one
 reduction and one map. A reduction is vectorised over min and max, not over `where`. What
 both need, be it |r| or a broadcast constant, XLA writes out as an array for both to read:
-so values count in halves or quarters of delta, and slopes take |r| as max(r, -r). XLA's vectorised min
+so values count in other multiples of delta, which costs no rounding where they are powers of
+two, and slopes take |r| as max(r, -r). XLA's vectorised min
 and max drop a NaN on some CPUs, so a value also takes the bare residual.
 """
 
@@ -23,7 +24,7 @@ from robustloss.losses._elementwise import (
     between,
     elementwise,
     positive,
-    product_error,
+    product,
     quotient,
     with_partials,
 )
@@ -356,16 +357,17 @@ def pseudo_huber(
 def _pseudo_huber(r: Array, delta: Array) -> Array:
     a, half = jnp.abs(r), 0.5 * _finite(delta)
     big, small = jnp.maximum(0.5 * a, half), jnp.minimum(0.5 * a, half)
-    t2 = (small / big) ** 2
-    # delta / big + sqrt(1 + t2), with the 1 added last: one rounding instead of three.
-    return 2 * small * (a / (1 + (half / big + t2 / (1 + jnp.sqrt(1 + t2)))))
+    # small a / (delta / big + sqrt(1 + t**2)), where the root is 1 + t**2 / (1 + root) and its
+    # 1 is added last: one rounding instead of three.
+    t2 = (2 * small / big) ** 2
+    return 16 * small * (a / (8 + (8 * half / big + 4 * t2 / (2 + jnp.sqrt(4 + t2)))))
 
 
 @with_partials(lambda r, d: _cos3(r, d), lambda r, d: _sin(r, d) ** 3)
 def _soft_clipped(r: Array, delta: Array) -> Array:
     a = jnp.maximum(r, -r)
     big, small = jnp.maximum(a, delta), jnp.minimum(a, delta)
-    return jnp.sign(r) * (4 * small / jnp.sqrt(16 + (4 * small / big) ** 2))
+    return jnp.sign(r) * (small / jnp.sqrt(1 + (small / big) ** 2))
 
 
 @with_partials(lambda r, d: _sin(r, d) ** 3, lambda r, d: -(_versine(r, d) ** 2) * (2 + _cos(r, d)))
@@ -383,15 +385,17 @@ def _cos3(r: Array, delta: Array) -> Array:
     # lost is put back, or it would come out threefold.
     a, delta = _finite(jnp.abs(r)), _finite(delta)
     t, lost_t = quotient(jnp.minimum(a, delta), jnp.maximum(a, delta))
-    t2 = t * t
-    lost_t2 = product_error(t, t) + 2 * t * lost_t
+    t2, lost_t2 = product(t, t)
+    lost_t2 = lost_t2 + 2 * t * lost_t
     q = 1 + t2
     lost_q = ((1 - q) + t2) + lost_t2
     cube = 1 / (q * jnp.sqrt(q))
     relative = 1.5 * lost_q / q
     inside = cube - cube * relative
-    t3 = t * (t2 * cube)
-    outside = t3 + ((t * lost_t2 + t2 * lost_t) * cube - t3 * relative)
+    tiny = jnp.finfo(t.dtype).tiny / jnp.finfo(t.dtype).eps  # below it t**3 is 0
+    lost_t3 = lost_t2 / jnp.maximum(t2, tiny) + lost_t / jnp.maximum(t, tiny)
+    outside = t * (t2 * cube)
+    outside = outside + outside * (lost_t3 - relative)
     return jnp.where(a > delta, outside, inside)
 
 

@@ -1,0 +1,207 @@
+"""What is the derivative of MAE at zero, what do frameworks take there, and does it matter?
+
+Measures the derivatives of |r| at 0, -0, NaN and infinity, forward and reverse, in JAX, in
+this library and, where they are installed, in PyTorch and Keras on JAX; then what other
+losses of optax make of small residuals, 16-bit types and masked NaN; and what the slope at
+the kink does to a fit that is already exact.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+from rich.table import Table
+
+import robustloss as rl
+from experiments import _results
+
+POINTS = {"0": 0.0, "-0": -0.0, "NaN": np.nan, "inf": np.inf, "-inf": -np.inf}
+OURS = "rl.absolute_error"
+Progress = Callable[[float, str], None]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of `kink`."""
+
+    steps: int = 20
+    """Steps of gradient descent from the exact fit."""
+    learning_rate: float = 0.01
+    """Their constant step size."""
+    out: Path | None = None
+    """Where to write; results/kink by default."""
+    plots: bool = True
+    """Draw the picture."""
+
+
+class Result(NamedTuple):
+    """What was measured."""
+
+    slopes: dict[str, dict[str, tuple[float, float]]]  # framework, point: forward and reverse
+    losses: list[tuple[str, str, float, float, float]]  # what, of whom, theirs, ours, truth
+    descent: dict[str, np.ndarray]  # MAE by step, from an exact fit
+
+
+def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
+    """Measures all three."""
+    progress(0.0, "slopes at the kink")
+    frameworks = {"jnp.abs": jnp.abs, OURS: rl.absolute_error}
+    slopes = {name: _slopes(f) for name, f in frameworks.items()} | _torch() | _keras()
+    progress(0.5, "what else goes wrong near 0")
+    losses = _near_zero()
+    progress(0.8, "a fit that is exact")
+    return Result(slopes, losses, _descent(config))
+
+
+def check(result: Result) -> None:
+    """Ours rests at 0 and shows a NaN; a slope of 1 at 0 keeps an exact fit from resting."""
+    ours = result.slopes[OURS]
+    assert all(slope == 0 for slope in (*ours["0"], *ours["-0"])), "ours is not 0 at 0"
+    assert np.isnan(ours["NaN"]).all(), "ours hides a NaN"
+    assert ours["inf"] == (1, 1), "ours is not 1 at infinity"
+    assert ours["-inf"] == (-1, -1), "ours is not -1 at -infinity"
+    for what, _, theirs, mine, truth in result.losses:
+        assert _relative(mine, truth) <= min(1e-2, _relative(theirs, truth)), f"{what}: {mine}"
+    assert result.descent["kink = 0"].max() == 0, "kink 0 leaves an exact fit"
+    assert result.descent["kink = 1"][1::2].min() > 0, "kink 1 rests at an exact fit"
+
+
+def show(result: Result, console: Console) -> None:
+    """The tables and the finding."""
+    table = Table("slope of |r|, forward / reverse", *POINTS)
+    for name, slopes in result.slopes.items():
+        table.add_row(name, *[f"{f:g} / {r:g}" for f, r in (slopes[p] for p in POINTS)])
+    console.print(table)
+    table = Table("what", "of", "gives", "ours", "truth")
+    for what, whom, theirs, ours, truth in result.losses:
+        table.add_row(what, whom, *[f"{v:.4g}" for v in (theirs, ours, truth)])
+    console.print(table)
+    off = result.descent["kink = 1"].max()
+    console.print(
+        "- Gradient descent on MAE from an exact fit: with the slope 0 at 0 nothing moves; with "
+        f"the slope 1, that of jnp.abs, every other step is pushed off to an MAE of {off:.2g} "
+        "and comes back.",
+        highlight=False,
+    )
+
+
+def files(config: Config, result: Result) -> dict[str, bytes]:
+    """What goes into the output folder."""
+    written = {
+        "result.json": _results.record(
+            config, slopes=result.slopes, near_zero=result.losses, descent=result.descent
+        )
+    }
+    if config.plots:
+        from experiments import _kink_plot  # noqa: PLC0415
+
+        written["kink.png"] = _results.picture(_kink_plot.plot(result))
+    return written
+
+
+def folder(config: Config) -> Path:
+    """Where the results go."""
+    return config.out or Path("results") / "kink"
+
+
+def _slopes(f: Callable[..., Any]) -> dict[str, tuple[float, float]]:
+    def both(x: float) -> tuple[float, float]:
+        r = jnp.float32(x)
+        return float(jax.jvp(f, (r,), (jnp.ones_like(r),))[1]), float(jax.grad(f)(r))
+
+    return {name: both(x) for name, x in POINTS.items()}
+
+
+def _torch() -> dict[str, dict[str, tuple[float, float]]]:
+    if importlib.util.find_spec("torch") is None:
+        return {}
+    import torch  # noqa: PLC0415
+
+    def reverse(x: float) -> float:
+        r = torch.tensor(x, requires_grad=True)
+        torch.nn.functional.l1_loss(r, torch.zeros(())).backward()
+        return float(r.grad)
+
+    def forward(x: float) -> float:
+        return float(torch.func.jvp(torch.abs, (torch.tensor(x),), (torch.tensor(1.0),))[1])
+
+    return {"torch": {name: (forward(x), reverse(x)) for name, x in POINTS.items()}}
+
+
+def _keras() -> dict[str, dict[str, tuple[float, float]]]:
+    if importlib.util.find_spec("keras") is None:
+        return {}
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    import keras  # noqa: PLC0415
+
+    if keras.backend.backend() != "jax":
+        return {}
+    loss = keras.losses.MeanAbsoluteError()
+    return {"keras on jax": _slopes(lambda r: loss(jnp.zeros((1,)), r[None]))}
+
+
+def _near_zero() -> list[tuple[str, str, float, float, float]]:
+    """Where other losses of optax lose what matters: what, whose, theirs, ours, the truth."""
+    half, brain = jnp.float16, jnp.bfloat16
+    small = float(brain(0.001))
+    nan_target = (jnp.array([1.0, 2.0]), jnp.array([0.5, jnp.nan]), jnp.array([True, False]))
+
+    def masked(loss: Callable[..., jax.Array]) -> float:
+        p, t, keep = nan_target
+        mean = jax.grad(lambda p: jnp.mean(loss(p, t), where=keep))
+        return float(mean(p)[1])
+
+    ours_masked = jax.grad(partial(rl.mean, rl.huber))
+    p, t, keep = nan_target
+    bend = jax.grad(jax.grad(optax.huber_loss))
+    return [
+        ("log-cosh at 1e-4", "optax.log_cosh", float(optax.log_cosh(jnp.float32(1e-4))),
+         float(rl.log_cosh(jnp.float32(1e-4))), float(np.log(np.cosh(np.longdouble(1e-4))))),
+        ("log-cosh at 0.03, float16", "optax.log_cosh", float(optax.log_cosh(half(0.03))),
+         float(rl.log_cosh(half(0.03))), float(np.log(np.cosh(float(half(0.03)))))),
+        ("slope of Huber at 0.001, bfloat16", "optax.huber_loss",
+         float(jax.grad(optax.huber_loss)(brain(0.001))),
+         float(jax.grad(rl.huber)(brain(0.001))), small),
+        ("curvature of Huber at delta", "optax.huber_loss",
+         float(bend(1.0)), float(rl.curvature(rl.huber, 1.0)), 1.0),
+        ("slope at a NaN target that is masked", "optax.huber_loss", masked(optax.huber_loss),
+         float(ours_masked(p, t, where=keep)[1]), 0.0),
+    ]  # fmt: skip
+
+
+def _descent(config: Config) -> dict[str, np.ndarray]:
+    """MAE along gradient descent that starts at the exact fit of y = 2 x + 1."""
+    x = jnp.linspace(0.0, 1.0, 11)
+    exact = jnp.array([2.0, 1.0])
+    y = exact[0] * x + exact[1]
+
+    def path(kink: float) -> np.ndarray:
+        loss = partial(rl.absolute_error, kink=kink)
+
+        def objective(params: jax.Array) -> jax.Array:
+            return rl.mean(loss, params[0] * x + params[1], y)
+
+        def step(params: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+            value, slope = jax.value_and_grad(objective)(params)
+            return params - config.learning_rate * slope, value
+
+        return np.asarray(jax.lax.scan(step, exact, length=config.steps + 1)[1])
+
+    return {f"kink = {kink:g}": path(kink) for kink in (0.0, 1.0)}
+
+
+def _relative(got: float, truth: float) -> float:
+    if np.isnan(got):
+        return np.inf
+    return abs(got - truth) / abs(truth) if truth else abs(got)

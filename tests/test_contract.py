@@ -1,0 +1,274 @@
+"""What goes in, what comes out, and what is refused: the same for every loss."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import sys
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import robustloss as rl
+from robustloss import losses
+
+NAMES = sorted(rl.LOSSES)
+NAN, INF = float("nan"), float("inf")
+
+
+def knobs(name: str) -> dict[str, inspect.Parameter]:
+    parameters = inspect.signature(rl.LOSSES[name]).parameters
+    return {k: p for k, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+
+KNOBS = [(name, knob) for name in NAMES for knob in knobs(name)]
+SCALED = [name for name, knob in KNOBS if knob == "delta"]
+
+
+def test_the_losses_are_those_of_the_families():
+    names = [name for family in losses.FAMILIES for name in family.__all__]
+    assert sorted(names) == NAMES, "rl.LOSSES is the union of the families, without repetition"
+    for family in losses.FAMILIES:
+        assert list(family.__all__) == sorted(family.__all__)
+    for name, loss in rl.LOSSES.items():
+        assert getattr(rl, name) is loss
+        assert loss.__name__ == name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_signature_and_docstring(name):
+    loss = rl.LOSSES[name]
+    predictions, targets, *others = inspect.signature(loss).parameters.values()
+    assert (predictions.name, predictions.default) == ("predictions", inspect.Parameter.empty)
+    assert (targets.name, targets.default) == ("targets", None)
+    assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in others)
+    found = [loss.__doc__.find(f"    {s}:") for s in ("Args", "Returns", "Raises", "Source")]
+    assert -1 not in found
+    assert found == sorted(found)
+    for p in inspect.signature(loss).parameters:
+        assert f"        {p}: " in loss.__doc__
+
+
+def test_import_brings_no_optax():
+    code = "import sys, robustloss; assert 'optax' not in sys.modules"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("p", "t"),
+    [
+        ((3,), (3, 1)),
+        ((3, 1), (3,)),
+        ((3,), ()),
+        ((), (3,)),
+        ((3,), (4,)),
+        ((0,), (1,)),
+        ((1,), ()),
+    ],
+)
+def test_shapes_are_equal_or_named(name, p, t):
+    for run in (lambda f: f, jax.jit):
+        with pytest.raises(ValueError, match=f"{re.escape(str(p))}.*{re.escape(str(t))}"):
+            run(rl.LOSSES[name])(np.zeros(p), np.zeros(t))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("bad", "dtype"),
+    [
+        (np.array([1j]), "complex128"),
+        (1j, "complex128"),
+        (np.array(["1.0"]), "<U3"),
+        ("1.0", "<U3"),
+        (np.array([1.0, None]), "object"),
+        (None, "object"),
+        (np.array(["2020-01-01"], "datetime64[D]"), "datetime64"),
+        (np.array([1], "timedelta64[s]"), "timedelta64[s]"),
+        (b"1", "|S1"),
+    ],
+)
+def test_only_real_numbers(name, bad, dtype):
+    good = np.zeros(np.shape(bad))
+    refused = partial(pytest.raises, TypeError)
+    with refused(match=rf"predictions .*{re.escape(dtype)}"):
+        rl.LOSSES[name](bad)
+    if bad is None:
+        return
+    with refused(match=rf"predictions .*{re.escape(dtype)}"):
+        rl.LOSSES[name](bad, good)
+    with refused(match=rf"targets .*{re.escape(dtype)}"):
+        rl.LOSSES[name](good, bad)
+    for knob in knobs(name):
+        with refused(match=rf"{knob} .*{re.escape(dtype)}"):
+            rl.LOSSES[name](good, **{knob: bad})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_complex_jax_arrays(name):
+    z = jnp.ones(2, jnp.complex64)
+    for run in (lambda f: f, jax.jit):
+        with pytest.raises(TypeError, match="complex64"):
+            run(rl.LOSSES[name])(z)
+
+
+@pytest.mark.parametrize(("name", "knob"), KNOBS)
+def test_knobs_go_by_name(name, knob):
+    with pytest.raises(TypeError, match="positional"):
+        rl.LOSSES[name](1.0, 2.0, 1.0)
+
+
+BAD = {
+    "delta": [
+        0.0,
+        0,
+        -0.0,
+        -1.5,
+        NAN,
+        -INF,
+        np.array([1.0, -2.5, 1.0]),
+        jnp.array([1.0, NAN, 1.0]),
+    ],
+    "kink": [1.5, -1.0001, NAN, INF, np.array([0.0, -2.5, 1.0]), 2],
+}
+
+
+@pytest.mark.parametrize(("name", "knob", "bad"), [(n, k, bad) for n, k in KNOBS for bad in BAD[k]])
+def test_a_bad_knob_is_named(name, knob, bad):
+    values = np.ravel(bad)
+    low = 0.0 if knob == "delta" else -1.0
+    worst = next(v for v in values if not (v > low if knob == "delta" else low <= v <= 1))
+    f = partial(rl.LOSSES[name], **{knob: bad})
+    for run in (lambda f: f, jax.jit, jax.grad):
+        r = jnp.float32(0.5) if run is jax.grad and np.ndim(bad) == 0 else jnp.ones(3)
+        with pytest.raises(ValueError, match=f"{knob} must be .*got {re.escape(str(worst))}"):
+            run(f)(r)
+
+
+@pytest.mark.parametrize("argument", ["r", "delta"])
+@pytest.mark.parametrize("bad", [0.0, -1.5, NAN])
+@pytest.mark.parametrize("name", SCALED)
+def test_a_traced_bad_delta_is_nan(name, bad, argument):
+    """Value, slope and curvature, in either argument."""
+
+    def f(r, d):
+        return rl.LOSSES[name](r, delta=d)
+
+    of = ("r", "delta").index(argument)
+    for mode in (jax.jacfwd, jax.jacrev):
+        slope = mode(f, of)
+        for r in (0.0, 0.5, -7.0, INF):
+            got = [float(jax.jit(g)(r, bad)) for g in (f, slope, mode(slope, of))]
+            np.testing.assert_array_equal(got, NAN, err_msg=f"{mode.__name__} at {r}")
+
+
+@pytest.mark.parametrize("bad", [1.5, -1.0001, NAN])
+def test_a_traced_bad_kink_is_a_nan_slope(bad):
+    def f(r, kink):
+        return rl.absolute_error(r, kink=kink)
+
+    assert np.isnan(jax.jit(jax.grad(f))(0.0, bad))
+    assert f(2.0, 0.5) == jax.jit(f)(2.0, bad)
+
+
+def test_vmap_over_delta_traces_it():
+    for name in SCALED:
+        f = jax.vmap(lambda d, name=name: rl.LOSSES[name](1.0, delta=d))
+        np.testing.assert_array_equal(np.isnan(f(jnp.array([1.0, -1.0]))), [False, True])
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_delta_never_enlarges_the_residual(name):
+    for shape, of in [((3,), ()), ((2, 3), (3,)), ((3,), (1,)), ((3, 1), (3,))]:
+        for run in (lambda f: f, jax.jit):
+            with pytest.raises(ValueError, match=re.escape(str(shape))):
+                run(lambda r, d: rl.LOSSES[name](r, delta=d))(jnp.ones(of), jnp.ones(shape))
+    with pytest.raises(ValueError, match=r"\(4,\)|broadcast"):
+        rl.LOSSES[name](jnp.ones(3), delta=jnp.ones(4))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ways_to_give_the_same_numbers(name):
+    f = rl.LOSSES[name]
+    want = f(jnp.array([3.0, -1.0, 0.0]))
+    chex.assert_type(want, jnp.float32)
+    p, t = [4, 0, 2], [1, 1, 2]
+    integers = [np.int8, np.int32, np.int64, np.uint8, jnp.int16]
+    for given in [(p, t), (np.float64(p), np.float64(t)), (jnp.float32(p), t), (p, np.float32(t))]:
+        chex.assert_trees_all_equal(f(*given), want)
+    for dtype in integers:
+        chex.assert_trees_all_equal(f(np.array(p, dtype), np.array(t, dtype)), want)
+    chex.assert_trees_all_equal(f(True, False), f(1.0))
+    chex.assert_trees_all_equal(f(np.array([True, False]), np.array([False, True])), f([1.0, -1.0]))
+    chex.assert_trees_all_equal(f(np.float32(3.0)), want[0])
+    chex.assert_trees_all_equal(f(predictions=p, targets=t), want)
+    with jax.enable_x64(True):
+        assert f(p, t).dtype == jnp.float64
+        assert f(jnp.float32(p), jnp.float32(t)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_dtypes(name, strict):
+    f = rl.LOSSES[name]
+    wide = [jnp.float64] if not strict else []
+    with jax.numpy_dtype_promotion("strict" if strict else "standard"), jax.enable_x64(bool(wide)):
+        for dtype in (jnp.float16, jnp.bfloat16, jnp.float32, *wide):
+            r = jnp.array([0.5, -2.0, 0.0], dtype)
+            ways = [{}, *({knob: value} for knob in knobs(name) for value in (1.0, 1, r[0] * 2))]
+            for knob in ways:
+                for run in (lambda f: f, jax.jit):
+                    g = partial(f, **knob)
+                    chex.assert_type([run(g)(r), run(g)(r, r), run(jax.vmap(g))(r, r)], dtype)
+                    chex.assert_type(run(jax.grad(lambda r, g=g: g(r).sum()))(r), dtype)
+                    chex.assert_shape(run(g)(r), (3,))
+    if not strict:
+        half, brain = jnp.float16([1]), jnp.bfloat16([1])
+        assert f(half, brain).dtype == jnp.float32
+        assert f(half, jnp.float32([1])).dtype == jnp.float32
+        assert f(half, jnp.array([1])).dtype == jnp.float16
+        if "delta" in knobs(name):
+            assert f(half, delta=jnp.float32(1)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_strict_promotion_at_every_order(name):
+    with jax.numpy_dtype_promotion("strict"):
+        f = rl.LOSSES[name]
+        r = jnp.array([-2.0, 0.0, 0.3])
+        slope = jax.grad(lambda r: f(r).sum())
+        jax.jvp(lambda r: jax.grad(lambda r: slope(r).sum())(r), (r,), (r,))
+        if "delta" in knobs(name):
+            by_delta = jax.grad(lambda d: f(r, delta=d).sum())
+            jax.grad(jax.grad(by_delta))(jnp.float32(1.5))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("name", NAMES)
+def test_differences_that_16_bits_cannot_hold(name, dtype):
+    big = float(jnp.finfo(dtype).max)
+    p, t = jnp.array(0.6 * big, dtype), jnp.array(-0.6 * big, dtype)
+    slope = jax.grad(rl.LOSSES[name])(p, t)
+    if name == "squared_error":
+        assert slope == INF
+        assert rl.squared_error(p, t) == INF
+    else:
+        assert slope == 1
+        assert rl.LOSSES[name](p, 0 * p) <= big
+    p, t = jnp.float16(40000), jnp.float16(-20000)
+    with np.errstate(over="ignore"):
+        want = np.asarray(rl.LOSSES[name](np.float32(60000))).astype(np.float16)
+    assert rl.LOSSES[name](p, t) == want
+    assert rl.absolute_error(p, t) == 60000
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shapes_are_kept(name):
+    for shape in [(), (0,), (3,), (2, 3, 4), (1, 1)]:
+        for given in [(jnp.ones(shape),), (jnp.ones(shape), jnp.zeros(shape))]:
+            chex.assert_shape([rl.LOSSES[name](*given), jax.jit(rl.LOSSES[name])(*given)], shape)

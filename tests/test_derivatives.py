@@ -1,0 +1,355 @@
+"""Derivatives of every loss: all orders, modes and transformations, and the laws they obey."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import os
+import subprocess
+import sys
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, PartitionSpec
+from jax.test_util import check_grads
+from witnesses import TRUTH
+
+import robustloss as rl
+from robustloss.losses import convex
+
+NAMES = sorted(rl.LOSSES)
+MODES = (jax.jacfwd, jax.jacrev)
+INF, NAN = float("inf"), float("nan")
+# Where every formula is smooth, from far inside the bend to far outside it; and where it is not.
+R = np.array([-7.3, -2.7, -0.6, -1e-3, 0.3, 1.4, 3.1, 40.0, 1e-7, -1e8, 0.93, 0.94, 2e3])
+D = np.array([1.5, 0.4, 2.0, 1.0, 0.7, 1.345, 0.01, 30.0, 1.0, 1.0, 1.5, 1.5, 1.0])
+SPECIAL = np.array([0.0, -0.0, 1.5, -1.5, INF, -INF, NAN])
+
+
+def has_delta(name: str) -> bool:
+    return "delta" in inspect.signature(rl.LOSSES[name]).parameters
+
+
+SCALED = [name for name in NAMES if has_delta(name)]
+
+
+def of_two(name: str):
+    """The loss as a function of (r, delta), whether it has a delta or not."""
+    loss = rl.LOSSES[name]
+    return (lambda r, d: loss(r, delta=d)) if has_delta(name) else (lambda r, d: loss(r))
+
+
+def derivative(r, f):
+    return jax.jvp(f, (r,), (jnp.ones_like(r),))[1]
+
+
+def nested(f, operators, arguments):
+    for operator, argument in zip(operators, arguments, strict=True):
+        f = operator(f, argument)
+    return f
+
+
+def expected(name: str, r: float, d: float, m: int, n: int) -> float:
+    """The truth, with the limit at inf and NaN at NaN."""
+    if np.isnan(r):
+        return NAN
+    if np.isfinite(r):
+        return float(TRUTH[name](r, d, m, n))
+    unit = d ** (2 - m - n)
+    t = float(TRUTH[name](np.copysign(1e30 * d, r), d, m, n) / unit)
+    return np.copysign(INF, t) if abs(t) > 1e20 else 0.0 if abs(t) < 1e-15 else t * unit
+
+
+@pytest.mark.parametrize("order", [0, 1, 2, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_nesting_to_third_order(name, order):
+    """All orders in r and delta, in every order of arguments and of modes."""
+    r = np.r_[R, SPECIAL]
+    d = np.r_[D, np.full_like(SPECIAL, 1.5)] if has_delta(name) else np.ones_like(r)
+    operators = (*MODES, jax.grad) if order < 3 else MODES
+    nestings = list(itertools.product(operators, repeat=order))
+    indices = list(itertools.product((0, 1) if has_delta(name) else (0,), repeat=order))
+
+    def derivatives(r, d):
+        return [[nested(of_two(name), ops, of)(r, d) for ops in nestings] for of in indices]
+
+    with jax.enable_x64(True):
+        got = jax.device_get(jax.jit(jax.vmap(derivatives))(r, d))
+    for of, results in zip(indices, got, strict=True):
+        n = sum(of)
+        true = [expected(name, x, y, order - n, n) for x, y in zip(r, d, strict=True)]
+        for ops, result in zip(nestings, results, strict=True):
+            note = f"{[op.__name__ for op in ops]} of arguments {of}"
+            # The truth has 50 digits, so what is 0 in it may show as 1e-51.
+            np.testing.assert_allclose(result, true, rtol=1e-9, atol=1e-40, err_msg=note)
+
+
+@pytest.mark.parametrize("delta", [1.0, 1e-30, 0.37, 1e30])
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("name", NAMES)
+def test_special_residuals(name, dtype, delta):
+    """Value, slope and curvature at 0, +-delta, inf and NaN: eager and jitted, both modes."""
+    delta = float(np.float32(delta)) if has_delta(name) else 1.0
+    # 16 bits do not hold every delta.
+    ties = [delta, -delta] if dtype == jnp.float32 else []
+    r = jnp.array([0.0, -0.0, INF, -INF, NAN, *ties], dtype)
+    f = (lambda r: rl.LOSSES[name](r, delta=delta)) if has_delta(name) else rl.LOSSES[name]
+    true = [[expected(name, float(x), delta, m, 0) for x in r] for m in (1, 2)]
+    true[0] = rounded(true[0], dtype)
+    for mode, run in itertools.product(MODES, (lambda f: f, jax.jit)):
+        slope, bend = run(jax.vmap(mode(f)))(r), run(jax.vmap(mode(mode(f))))(r)
+        np.testing.assert_allclose(slope.astype(jnp.float32), true[0], rtol=3e-7)
+        np.testing.assert_allclose(bend.astype(jnp.float32), true[1], rtol=3e-7)
+    value = f(r)
+    np.testing.assert_array_equal(value[:5].astype(jnp.float32), [0, 0, INF, INF, NAN])
+    chex.assert_type([value, slope, bend], dtype)
+
+
+def rounded(x: list[float], dtype) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return np.float64(x).astype(dtype).astype(np.float32)
+
+
+@pytest.mark.parametrize("kink", [-1.0, -0.3, 0.0, 0.25, 1.0])
+def test_the_kink_is_taken_exactly(kink):
+    def f(r, kink):
+        return rl.absolute_error(r, kink=kink)
+
+    for mode, zero, dtype in itertools.product(
+        MODES, (0.0, -0.0), (jnp.float16, jnp.bfloat16, jnp.float32)
+    ):
+        r = jnp.array(zero, dtype)
+        assert mode(f)(r, kink) == jnp.array(kink, dtype)
+        assert jax.jit(mode(f))(r, kink) == jnp.array(kink, dtype)
+        assert mode(mode(f))(r, kink) == 0
+    slopes = jax.vmap(jax.grad(f), (0, None))(jnp.array([-2.0, 3.0, NAN]), kink)
+    np.testing.assert_array_equal(slopes, [-1, 1, NAN])
+    assert jax.grad(f, 1)(0.0, kink) == 0
+    assert jax.grad(jax.grad(f), 1)(0.0, kink) == 1
+    assert jax.grad(jax.grad(f), 1)(1.0, kink) == 0
+
+
+def spread(many: int = 999) -> np.ndarray:
+    random = np.random.default_rng(3)
+    bend = random.normal(size=many) * 3
+    return np.r_[bend, 2.0 ** random.uniform(-60, 60, many), SPECIAL].astype(np.float32)
+
+
+@pytest.mark.parametrize("run", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("name", NAMES)
+def test_differentiating_keeps_the_value(name, run):
+    r, d = spread(), np.float32(1.5)
+    f = of_two(name)
+    ones = np.ones_like(r)
+    value = run(f)(r, d)
+
+    def pull(r, d):
+        out, vjp = jax.vjp(f, r, d)
+        return out, vjp(jnp.ones_like(out))
+
+    others = {
+        "jvp": run(lambda r, d: jax.jvp(f, (r, d), (ones, jnp.ones_like(d))))(r, d)[0],
+        "linearize": run(lambda r, d: jax.linearize(f, r, d)[0])(r, d),
+        "vjp": run(pull)(r, d)[0],
+        "value_and_grad": run(jax.vmap(jax.value_and_grad(f, (0, 1)), (0, None)))(r, d)[0],
+        "second": run(lambda r, d: jax.jvp(partial(derivative_and_value, f, d), (r,), (ones,)))(
+            r, d
+        )[0][0],
+    }
+    for how, other in others.items():
+        np.testing.assert_array_equal(bits(other), bits(value), err_msg=how)
+
+
+def derivative_and_value(f, d, r):
+    return jax.jvp(lambda r: f(r, d), (r,), (jnp.ones_like(r),))
+
+
+def bits(x: jax.Array) -> np.ndarray:
+    return np.where(np.isnan(x), np.float32(NAN), x).view(np.int32)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_transformations_agree(name):
+    r, d = spread(50)[:-3], np.float32(1.5)  # without infinities and NaN
+    f = of_two(name)
+    slope = jax.vmap(jax.grad(f), (0, None))
+    curvature = jax.vmap(jax.grad(jax.grad(f)), (0, None))
+
+    def total(r, d):
+        return f(r, d).sum()
+
+    def scanned(r, d):
+        return jax.lax.scan(lambda carry, x: (carry, jax.grad(f)(x, d)), 0.0, r)[1]
+
+    ways = {
+        "sum": jax.grad(total),
+        "jit": jax.jit(slope),
+        "scan": jax.jit(scanned),
+        "through scan": jax.grad(
+            lambda r, d: jax.lax.scan(lambda c, x: (c + f(x, d), 0), 0.0, r)[0]
+        ),
+        "remat": jax.grad(jax.checkpoint(total)),
+        "linearize": lambda r, d: jax.linearize(lambda r: f(r, d), r)[1](jnp.ones_like(r)),
+        "while": jax.jit(lambda r, d: jax.lax.map(lambda x: jax.grad(f)(x, d), r)),
+    }
+    for how, way in ways.items():
+        chex.assert_trees_all_close(way(r, d), slope(r, d), rtol=1e-6, custom_message=how)
+    hessian = jax.hessian(total)(r, d)
+    chex.assert_trees_all_close(hessian, jnp.diag(curvature(r, d)), rtol=1e-6)
+    swapped = jax.jacrev(jax.jacfwd(total))(r, d)
+    chex.assert_trees_all_close(swapped, hessian, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_numerical_derivatives(name):
+    arguments = (np.array([-3.0, -0.8, 0.4, 2.1]), np.array([1.4, 0.9, 1.7, 0.3]))
+    with jax.enable_x64(True):
+        if not has_delta(name):
+            check_grads(rl.LOSSES[name], arguments[:1], order=2, modes=("fwd", "rev"))
+        else:
+            check_grads(of_two(name), arguments, order=2, modes=("fwd", "rev"))
+
+
+def check_sharded(devices: int) -> None:
+    """A sum over sharded residuals: its value and gradients are those of the whole."""
+    assert len(jax.devices()) >= devices
+    mesh = jax.make_mesh((devices,), ("rows",), axis_types=(AxisType.Auto,))
+    rows, whole = PartitionSpec("rows"), PartitionSpec()
+    r, d = jnp.linspace(-4, 4, 64), jnp.float32(1.5)
+    for name in NAMES:
+        f = of_two(name)
+
+        def total(r, d, f=f):
+            return jax.lax.psum(f(r, d).sum(), "rows")
+
+        def slopes(r, d, f=f):
+            return jax.vmap(jax.grad(f), (0, None))(r, d)
+
+        sharded = jax.shard_map(total, mesh=mesh, in_specs=(rows, whole), out_specs=whole)
+        inside = jax.shard_map(slopes, mesh=mesh, in_specs=(rows, whole), out_specs=rows)
+        got = jax.jit(jax.value_and_grad(sharded, (0, 1)))(r, d)
+        want = jax.value_and_grad(lambda r, d, f=f: f(r, d).sum(), (0, 1))(r, d)
+        chex.assert_trees_all_close(got, want, rtol=1e-5)
+        chex.assert_trees_all_close(jax.jit(inside)(r, d), slopes(r, d), rtol=1e-6)
+
+
+def test_shard_map_on_one_device():
+    check_sharded(1)
+
+
+def test_shard_map_on_eight_devices():
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    run = [sys.executable, "-W", "error", __file__]
+    subprocess.run(run, env=environment, check=True, timeout=200)
+
+
+@pytest.mark.parametrize("name", SCALED)
+@pytest.mark.parametrize("shape", [(), (4,), (1,), (3, 1), (1, 4), (3, 4)])
+def test_delta_broadcasts(name, shape):
+    random = np.random.default_rng(4)
+    r = random.normal(size=(3, 4)).astype(np.float32) * 2
+    d = random.uniform(0.5, 2, shape).astype(np.float32)
+    f = of_two(name)
+    whole = np.broadcast_to(d, r.shape)
+    chex.assert_trees_all_close(f(r, d), f(r, whole), rtol=1e-6)
+    gradient = jax.grad(lambda r, d: f(r, d).sum(), 1)
+    each = np.asarray(gradient(r, whole), np.float64)
+    axes = tuple(i for i in range(2) if np.shape(d[(None,) * (2 - d.ndim)])[i] == 1)
+    want = each.sum(axes).reshape(shape)
+    for got in (gradient(r, d), jax.jit(gradient)(r, d)):
+        assert got.shape == shape
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("run", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_huber_with_infinite_delta(mode, run):
+    r = jnp.array([0.0, 0.5, -3.0, 1e10, INF, -INF, NAN])
+    f = of_two("huber")
+    d = jnp.float32(INF)
+    np.testing.assert_array_equal(run(f)(r, d), r * r / 2)
+    np.testing.assert_array_equal(rl.huber(r, delta=INF), r * r / 2)
+    np.testing.assert_array_equal(run(jax.vmap(mode(f), (0, None)))(r, d), r)
+    bend = run(jax.vmap(mode(mode(f)), (0, None)))(r, d)
+    np.testing.assert_array_equal(bend, [1, 1, 1, 1, 1, 1, NAN])
+    by_delta = run(jax.vmap(mode(f, 1), (0, None)))(r, d)
+    np.testing.assert_array_equal(by_delta[:4], 0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_integers_have_no_tangent(name):
+    f = rl.LOSSES[name]
+    p, t = jnp.array([1.5, -2.0, 7.25]), jnp.array([1, 2, -3])
+    none = np.zeros(3, jax.dtypes.float0)
+    want = jax.vmap(jax.grad(f))(p - t)
+    got = jax.grad(lambda p: f(p, t).sum())(p)
+    chex.assert_trees_all_equal(got, want)
+    chex.assert_trees_all_equal(jax.jvp(f, (p, t), (jnp.ones(3), none))[1], want)
+    by_p, by_t = jax.vjp(f, p, t)[1](jnp.ones(3))
+    chex.assert_trees_all_equal(by_p, want)
+    assert by_t.dtype == jax.dtypes.float0
+    np.testing.assert_array_equal(jax.jvp(f, (t,), (none,))[1], 0)
+    assert jax.vjp(f, t)[1](jnp.ones(3))[0].dtype == jax.dtypes.float0
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_scale_law(name):
+    f = jax.jit(of_two(name))
+    r = (np.random.default_rng(5).normal(size=999) * 2.0 ** np.linspace(-12, 12, 999)).astype("f4")
+    for d, k in itertools.product(np.float32([1, 1.345, 0.1, 3.3]), np.float32(2.0) ** [-9, 1, 7]):
+        np.testing.assert_array_equal(f(k * r, k * d), k * k * f(r, d))
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_half_the_square_near_zero(name):
+    f = of_two(name)
+    with jax.enable_x64(True):
+        for d in TRUTH[name].deltas:
+            r = 1e-6 * d * np.array([-1.0, 1.0])
+            np.testing.assert_allclose(f(r, d), r * r / 2, rtol=1e-9)
+            np.testing.assert_allclose(jax.vmap(jax.grad(f), (0, None))(r, d), r, rtol=1e-9)
+
+
+SOME = st.lists(
+    st.floats(width=32, allow_nan=False, allow_subnormal=False), min_size=8, max_size=8
+).map(np.float32)
+A_DELTA = st.floats(2.0**-40, 2.0**40, width=32).map(np.float32)
+
+
+@jax.jit(static_argnums=0)
+def both_sides(name, r, d):
+    f = of_two(name)
+    slope = partial(derivative, f=lambda r: f(r, d))
+    return [(f(x, d), slope(x), derivative(x, slope)) for x in (r, -r)]
+
+
+@pytest.mark.parametrize("name", convex.__all__)
+@settings(deadline=None, derandomize=True, max_examples=200)
+@given(r=SOME, d=A_DELTA)
+def test_laws_of_the_convex_family(name, r, d):
+    """Even, nonnegative and 0 at 0; an odd influence that never decreases."""
+    r = np.sort(np.r_[r, -r[:2], 0, d, -d])
+    (value, slope, bend), mirrored = jax.device_get(both_sides(name, r, d))
+    np.testing.assert_array_equal(value, mirrored[0])
+    np.testing.assert_array_equal(slope, -mirrored[1])
+    np.testing.assert_array_equal(bend, mirrored[2])
+    np.testing.assert_array_equal(value[r == 0], 0)
+    np.testing.assert_array_equal(slope[r == 0], 0)
+    assert np.all(value >= 0)
+    assert np.all(bend >= 0)
+    assert np.all(slope * np.sign(r) >= 0)
+    # Never decreasing, and lying below every chord, up to the ulps that test_accuracy allows.
+    ulps = 2 * TRUTH[name].ulps[1] * 2.0**-23
+    lower, upper = slope[:-1].astype(np.float64), slope[1:].astype(np.float64)
+    finite = np.isfinite(lower) & np.isfinite(upper)
+    assert np.all(upper[finite] >= lower[finite] - ulps * np.abs(lower[finite]))
+
+
+if __name__ == "__main__":
+    check_sharded(8)

@@ -1,0 +1,214 @@
+"""From losses to one number: against plain NumPy, and safe from what is masked."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import robustloss as rl
+
+NAMES = sorted(rl.LOSSES)
+NAN, INF = float("nan"), float("inf")
+RANDOM = np.random.default_rng(6)
+P, T = RANDOM.normal(size=(2, 4, 5, 3)).astype(np.float32) * 2
+KEEP = RANDOM.random(P.shape) < 0.6
+WEIGHTS = RANDOM.uniform(0, 3, P.shape).astype(np.float32)
+WHERES = {"all": None, "some": KEEP, "rows": KEEP[:, :1, :1], "last": KEEP[0, 0], "one": True}
+WEIGHINGS = {"none": None, "each": WEIGHTS, "last": WEIGHTS[0, 0], "one": 2.5, "integer": 3}
+
+
+def plain(name, p, t, where=None, weights=None, axis=None):
+    """Total and mean in float64, from the losses of each residual."""
+    losses = np.asarray(rl.LOSSES[name](p, t), np.float64)
+    w = np.broadcast_to(1.0 if weights is None else np.float64(weights), losses.shape)
+    w = np.where(True if where is None else where, w, 0.0)
+    total = (losses * w).sum(axis)
+    size = w.sum(axis)
+    return total, np.divide(total, size, out=np.zeros_like(total), where=size > 0)
+
+
+@pytest.mark.parametrize("axis", [None, 0, -1, (0, 2), (), [1]])
+@pytest.mark.parametrize("weights", WEIGHINGS)
+@pytest.mark.parametrize("where", WHERES)
+def test_against_numpy(where, weights, axis):
+    given = {"where": WHERES[where], "weights": WEIGHINGS[weights], "axis": axis}
+    of_numpy = given | {"axis": tuple(axis) if isinstance(axis, list) else axis}
+    for name in ("huber", "absolute_error", "squared_error"):
+        total, mean = plain(name, P, T, **of_numpy)
+        loss = rl.LOSSES[name]
+        got = {rl.total: total, rl.mean: mean}
+        for reduction, want in got.items():
+            result = reduction(loss, P, T, **given)
+            np.testing.assert_allclose(result, want, rtol=3e-6, atol=1e-7)
+            chex.assert_type(result, jnp.float32)
+            np.testing.assert_allclose(reduction(loss, P - T, **given), want, rtol=1e-5, atol=1e-6)
+    short = {"absolute_error": rl.mae, "squared_error": rl.mse}
+    for name, reduction in short.items():
+        want = rl.mean(rl.LOSSES[name], P, T, **given)
+        chex.assert_trees_all_equal(reduction(P, T, **given), want)
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("reduction", [rl.mean, rl.total])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_dropped_may_hold_anything(name, reduction, bad):
+    """Value and gradient are those of the kept entries alone, in either argument."""
+    loss, n = rl.LOSSES[name], 6
+    p, t = jnp.array(P.ravel()[:n]), jnp.array(T.ravel()[:n])
+    keep, kept = jnp.arange(n) < 4, slice(0, 4)
+    holes = [(p.at[4].set(bad), t), (p, t.at[5].set(bad)), (p.at[4:].set(bad), t.at[4:].set(bad))]
+    for w, run in itertools.product((None, jnp.linspace(0.5, 2, n)), (lambda f: f, jax.jit)):
+
+        def f(p, t, where=None, w=None):
+            return reduction(loss, p, t, where=where, weights=w)
+
+        both = run(jax.value_and_grad(f, (0, 1)))
+        want, gradients = both(p[kept], t[kept], None, None if w is None else w[kept])
+        for holed in holes:
+            value, got = both(*holed, keep, w)
+            chex.assert_trees_all_close(value, want, rtol=1e-6)
+            for g, expected in zip(got, gradients, strict=True):
+                np.testing.assert_allclose(g[kept], expected, rtol=1e-6)
+                np.testing.assert_array_equal(g[4:], 0)
+    if name != "absolute_error":
+        hessian = jax.hessian(f)(*holes[2], keep)
+        assert np.isfinite(hessian).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_dropped_weight_may_hold_anything(name):
+    w = np.array([1.0, 2.0, NAN])
+    keep = np.array([True, True, False])
+    for run in (lambda f: f, jax.jit):
+        f = run(lambda w, loss=rl.LOSSES[name]: rl.mean(loss, P[0, 0], where=keep, weights=w))
+        np.testing.assert_allclose(f(w), rl.mean(rl.LOSSES[name], P[0, 0, :2], weights=w[:2]))
+        assert np.isfinite(jax.grad(f)(w)).all()
+
+
+@pytest.mark.parametrize("reduction", [rl.mean, rl.total])
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_kept_is_zero(name, reduction):
+    p = jnp.array([1.0, NAN, INF])
+    none = jnp.zeros(3, bool)
+    for run, mask in itertools.product((lambda f: f, jax.jit), (none, False)):
+        f = run(jax.value_and_grad(lambda p, m=mask: reduction(rl.LOSSES[name], p, where=m)))
+        chex.assert_trees_all_equal(f(p), (jnp.float32(0), jnp.zeros(3)))
+    zero = jax.value_and_grad(lambda p: reduction(rl.LOSSES[name], p, weights=jnp.zeros(2)))
+    chex.assert_trees_all_equal(zero(jnp.array([1.0, -3.0])), (jnp.float32(0), jnp.zeros(2)))
+    rows = reduction(rl.LOSSES[name], jnp.ones((2, 3)), where=jnp.array([[True], [False]]), axis=1)
+    assert rows[1] == 0 != rows[0]
+
+
+@pytest.mark.parametrize("weights", [[1.0, 0.0], [0.0, 0.0]])
+@pytest.mark.parametrize("reduction", [rl.mean, rl.total])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_weight_of_zero_hides_no_nan(name, reduction, weights):
+    f = partial(reduction, rl.LOSSES[name], weights=np.float32(weights))
+    for run in (lambda f: f, jax.jit):
+        assert np.isnan(run(f)(jnp.array([1.0, NAN])))
+        assert np.isnan(run(jax.grad(f))(jnp.array([1.0, NAN]))[1])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_million_of_16_bits(name, dtype):
+    r = jnp.asarray(np.random.default_rng(7).normal(size=10**6) * 8, dtype)
+    each = np.asarray(rl.LOSSES[name](np.asarray(r, np.float32)), np.float64)
+    for keep in (None, r > -8):
+        want = np.mean(each, where=True if keep is None else np.asarray(keep))
+        for run in (lambda f: f, jax.jit):
+            got = run(partial(rl.mean, rl.LOSSES[name]))(r, where=keep)
+            chex.assert_type(got, dtype)
+            error = abs(float(got) - want) / want
+            assert error < 2 * float(jnp.finfo(dtype).eps), error
+    gradient = jax.grad(lambda r: rl.mean(rl.LOSSES[name], r))(r)
+    chex.assert_type(gradient, dtype)
+    assert np.isfinite(gradient.astype(jnp.float32)).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_empty(name):
+    for run in (lambda f: f, jax.jit):
+        for reduction in (rl.mean, rl.total):
+            assert run(partial(reduction, rl.LOSSES[name]))(jnp.zeros(0), jnp.zeros(0)) == 0
+            none = run(partial(reduction, rl.LOSSES[name], axis=1))(jnp.zeros((3, 0)))
+            chex.assert_trees_all_equal(none, jnp.zeros(3))
+            chex.assert_shape(reduction(rl.LOSSES[name], jnp.zeros((3, 0)), axis=0), (0,))
+
+
+@pytest.mark.parametrize("where", [0, 1 << 19, (1 << 20) - 1, 12345])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_nan_among_many_shows(name, where):
+    """XLA's vectorised min and max drop a NaN on some CPUs."""
+    r = jnp.ones(1 << 20).at[where].set(NAN)
+    for reduction in (rl.mean, rl.total):
+        f = partial(reduction, rl.LOSSES[name])
+        assert np.isnan(jax.jit(f)(r))
+        assert np.isnan(f(r))
+        value, gradient = jax.jit(jax.value_and_grad(f))(r)
+        assert np.isnan(value)
+        assert np.flatnonzero(np.isnan(gradient)).tolist() == [where]
+        constant = jax.jit(lambda p, t, f=f: f(p, t))
+        assert np.isnan(constant(jnp.ones_like(r), r))
+
+
+@pytest.mark.parametrize("reduction", [partial(rl.mean, rl.huber), rl.mae, rl.mse])
+def test_errors(reduction):
+    r = np.ones((3, 2), np.float32)
+    for weights, bad in [(-1.0, "-1.0"), (NAN, "nan"), ([1.0, -2.5], "-2.5")]:
+        for run in (lambda f: f, jax.jit):
+            with pytest.raises(ValueError, match=f"weights must be >= 0, got {bad}"):
+                run(partial(reduction, weights=weights))(r)
+    for where in (np.ones((3, 2)), np.ones((3, 2), int), 1, 0.0, "yes"):
+        with pytest.raises(TypeError, match="where must be"):
+            reduction(r, where=where)
+    for shape in [(3,), (4, 3, 2), (2, 3), (3, 2, 1)]:
+        with pytest.raises(ValueError, match="where must broadcast.*3, 2"):
+            reduction(r, where=np.ones(shape, bool))
+        with pytest.raises(ValueError, match="weights must broadcast.*3, 2"):
+            reduction(r, weights=np.ones(shape))
+    with pytest.raises(ValueError, match=r"\(3, 2\) and \(3,\)"):
+        reduction(r, np.ones(3))
+    with pytest.raises(TypeError, match="weights must be real"):
+        reduction(r, weights=1j)
+    with pytest.raises(TypeError, match="predictions must be real"):
+        reduction(1j * r)
+    with pytest.raises(ValueError, match="axis"):
+        reduction(r, axis=2)
+
+
+def test_a_loss_that_reduces_is_refused():
+    with pytest.raises(ValueError, match=r"keep the residual's shape \(3,\), got shape \(\)"):
+        rl.mean(lambda r: jnp.sum(r), jnp.ones(3))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_transformations(name):
+    f = partial(rl.mean, rl.LOSSES[name])
+    want = np.array([plain(name, p, t)[1] for p, t in zip(P, T, strict=True)])
+    for g in (jax.vmap(f), jax.jit(jax.vmap(f)), jax.vmap(jax.jit(f))):
+        np.testing.assert_allclose(g(P, T), want, rtol=1e-6)
+    masked = jax.jit(jax.vmap(lambda p, t, m, w: f(p, t, where=m, weights=w)))(P, T, KEEP, WEIGHTS)
+    each = [plain(name, *a)[1] for a in zip(P, T, KEEP, WEIGHTS, strict=True)]
+    np.testing.assert_allclose(masked, each, rtol=1e-6)
+    gradient = jax.grad(f)(P, T)
+    slopes = rl.influence(rl.LOSSES[name], P, T)
+    np.testing.assert_allclose(gradient, slopes / P.size, rtol=1e-6)
+    by_weight = jax.grad(lambda w: rl.total(rl.LOSSES[name], P, T, weights=w))(WEIGHTS)
+    np.testing.assert_allclose(by_weight, rl.LOSSES[name](P, T), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_strict_promotion(name):
+    with jax.numpy_dtype_promotion("strict"):
+        f = jax.jit(partial(rl.mean, rl.LOSSES[name]))
+        for dtype in (jnp.float16, jnp.bfloat16, jnp.float32):
+            p, w = jnp.asarray(P, dtype), jnp.asarray(WEIGHTS, dtype)
+            chex.assert_type([f(p), f(p, p, where=KEEP), f(p, weights=w, where=KEEP)], dtype)
+            jax.grad(f)(p, p, where=KEEP, weights=w)
