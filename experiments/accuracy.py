@@ -91,7 +91,7 @@ def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
             for chunk in range(done.get(case, {}).get("chunks", 0), chunks):
                 progress((i + chunk / chunks) / len(cases), case)
                 worst = measure(chunk * CHUNK, numbers, stride)
-                before = [Worst(*w) for w in done.get(case, {}).get("worst", ((),) * len(VIEWS))]
+                before = done.get(case, {}).get("worst", [Worst()] * len(VIEWS))
                 merged = [_merge(b, w) for b, w in zip(before, worst, strict=True)]
                 done[case] = {"chunks": chunk + 1, "worst": merged}
                 if config.exhaustive and chunk % 16 == 15:
@@ -256,7 +256,12 @@ def _continued(kept: Path, config: Config) -> dict[str, Any]:
     if not (config.exhaustive and kept.exists()):
         return {}
     state = json.loads(kept.read_text())
-    return state["done"] if state["key"] == _key(config) else {}
+    if state["key"] != _key(config):
+        return {}
+    return {
+        case: {"chunks": of["chunks"], "worst": [Worst(*w) for w in of["worst"]]}
+        for case, of in state["done"].items()
+    }
 
 
 def _keep(kept: Path, config: Config, done: dict[str, Any]) -> None:

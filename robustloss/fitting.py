@@ -61,8 +61,9 @@ def fit(
 
     The loop is one compiled program; it is compiled again only for another shape, model,
     optimizer object, number of steps or loss function, not for another `delta` in a
-    `functools.partial`. It can be vmapped over data sets, starts and loss parameters, and
-    runs on sharded arrays as it is.
+    `functools.partial`. It can be vmapped over data sets, starts and loss parameters, runs on
+    sharded arrays as it is, and can be differentiated in forward mode (a loop of unknown
+    length has no reverse mode in JAX).
 
     It stops when two things hold at once. The relative change of the value in the last step
     (in the last epoch, with mini-batches) is at most `tolerance`; and the gradient is small:
@@ -94,7 +95,7 @@ def fit(
     Raises:
         ValueError: no steps, a negative tolerance, a batch size outside [1, rows], a missing
             key, rows that do not agree, or predictions of another shape than the targets.
-        TypeError: parameters or data that are not real numbers.
+        TypeError: parameters or data that are not real numbers, an optimizer that is none.
 
     >>> x = jnp.arange(8.0)
     >>> y = (2 * x + 1).at[3].set(99.0)
@@ -105,6 +106,9 @@ def fit(
     >>> print(f"{found.params['slope']:.2f} x + {found.params['intercept']:.2f}, {found.converged}")
     1.99 x + 1.19, True
     """
+    if not all(callable(getattr(optimizer, part, None)) for part in ("init", "update")):
+        kind = type(optimizer).__name__
+        raise TypeError(f"optimizer must be an optax GradientTransformation, got {kind}")
     targets = real_array("targets", targets)
     params = jax.tree.map(_floating, params)
     inputs = jax.tree.map(partial(_rows, len(targets) if targets.ndim else None), inputs)
@@ -141,13 +145,13 @@ def _fit(
     loss, model = _join(loss_key, loss_values), _join(model_key, model_values)
     if keep is not None:
         # A dropped row becomes a copy of a kept one, lest a NaN in it reach the gradient.
-        rows = jnp.any(keep.reshape(len(keep), -1), axis=1)
-        index = jnp.where(rows, jnp.arange(len(rows)), jnp.argmax(rows))
+        kept = jnp.any(keep.reshape(len(keep), -1), axis=1)
+        index = jnp.where(kept, jnp.arange(len(kept)), jnp.argmax(kept))
         inputs = jax.tree.map(lambda x: x[index], inputs)
 
     def objective(params: Params, take: Array | None = None, real: Array | None = None) -> Array:
         x, y, k, w = inputs, targets, keep, weights
-        if take is not None:
+        if take is not None and real is not None:
             x, y, k, w = jax.tree.map(lambda leaf: leaf[take], (x, y, k, w))
             real = jnp.broadcast_to(jnp.expand_dims(real, range(1, y.ndim)), y.shape)
             k = real if k is None else real & k
@@ -155,7 +159,7 @@ def _fit(
         wide = jnp.promote_types(jnp.float32, jnp.result_type(predictions, y))
         return mean(loss, predictions.astype(wide), y.astype(wide), where=k, weights=w)
 
-    if batch_size is None:
+    if batch_size is None or key is None:
         return _full_batch(objective, params, optimizer, steps, tolerance)
     rows = len(targets)
     return _mini_batch(objective, params, optimizer, steps, tolerance, rows, batch_size, key)
@@ -188,7 +192,7 @@ def _full_batch(
 
 def _mini_batch(
     objective: Callable[..., Array], params: Params, optimizer: Any, steps: int,
-    tolerance: Array, rows: int, batch_size: int, key: Array | None,
+    tolerance: Array, rows: int, batch_size: int, key: Array,
 ) -> Fit:  # fmt: skip
     batches = -(-rows // batch_size)
     value, gradient = jax.value_and_grad(objective)(params)
@@ -198,7 +202,7 @@ def _mini_batch(
     def epoch(carry: Any) -> Any:
         params, value, state, k, _, history = carry
         order = jax.random.permutation(jax.random.fold_in(key, k), rows)
-        order = jnp.resize(order, batches * batch_size)  # the last batch may be a short one
+        order = jnp.resize(order, (batches * batch_size,))  # the last batch may be a short one
 
         def step(i: Array, carry: Any) -> Any:
             params, state, history = carry
@@ -233,7 +237,8 @@ def _at_rest(tolerance: Array, first_gradient: Params) -> Callable[..., Array]:
         still = jnp.abs(value - before) <= tolerance * jnp.abs(value)
         scaled = jax.tree.map(lambda g, p: g * jnp.maximum(jnp.abs(p), 1), gradient, params)
         flat = _largest(scaled) <= jnp.sqrt(tolerance) * jnp.abs(value)
-        return still & (flat | (_largest(gradient) <= tolerance * _largest(first_gradient)))
+        flat |= _largest(gradient) <= tolerance * _largest(first_gradient)
+        return still & flat & jnp.isfinite(value)
 
     return at_rest
 

@@ -23,7 +23,7 @@ WHERES = {"all": None, "some": KEEP, "rows": KEEP[:, :1, :1], "last": KEEP[0, 0]
 WEIGHINGS = {"none": None, "each": WEIGHTS, "last": WEIGHTS[0, 0], "one": 2.5, "integer": 3}
 
 
-def plain(name, p, t, where=None, weights=None, axis=None):
+def plain(name, p, t, *, where=None, weights=None, axis=None):
     """Total and mean in float64, from the losses of each residual."""
     losses = np.asarray(rl.LOSSES[name](p, t), np.float64)
     w = np.broadcast_to(1.0 if weights is None else np.float64(weights), losses.shape)
@@ -169,9 +169,9 @@ def test_errors(reduction):
         with pytest.raises(TypeError, match="where must be"):
             reduction(r, where=where)
     for shape in [(3,), (4, 3, 2), (2, 3), (3, 2, 1)]:
-        with pytest.raises(ValueError, match="where must broadcast.*3, 2"):
+        with pytest.raises(ValueError, match=r"where must broadcast.*3, 2"):
             reduction(r, where=np.ones(shape, bool))
-        with pytest.raises(ValueError, match="weights must broadcast.*3, 2"):
+        with pytest.raises(ValueError, match=r"weights must broadcast.*3, 2"):
             reduction(r, weights=np.ones(shape))
     with pytest.raises(ValueError, match=r"\(3, 2\) and \(3,\)"):
         reduction(r, np.ones(3))
@@ -185,7 +185,7 @@ def test_errors(reduction):
 
 def test_a_loss_that_reduces_is_refused():
     with pytest.raises(ValueError, match=r"keep the residual's shape \(3,\), got shape \(\)"):
-        rl.mean(lambda r: jnp.sum(r), jnp.ones(3))
+        rl.mean(jnp.sum, jnp.ones(3))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -195,7 +195,10 @@ def test_transformations(name):
     for g in (jax.vmap(f), jax.jit(jax.vmap(f)), jax.vmap(jax.jit(f))):
         np.testing.assert_allclose(g(P, T), want, rtol=1e-6)
     masked = jax.jit(jax.vmap(lambda p, t, m, w: f(p, t, where=m, weights=w)))(P, T, KEEP, WEIGHTS)
-    each = [plain(name, *a)[1] for a in zip(P, T, KEEP, WEIGHTS, strict=True)]
+    each = [
+        plain(name, p, t, where=m, weights=w)[1]
+        for p, t, m, w in zip(P, T, KEEP, WEIGHTS, strict=True)
+    ]
     np.testing.assert_allclose(masked, each, rtol=1e-6)
     gradient = jax.grad(f)(P, T)
     slopes = rl.influence(rl.LOSSES[name], P, T)

@@ -1,0 +1,225 @@
+"""The experiments as a user meets them: what they find, what they write, what they refuse."""
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import robustloss as rl
+from experiments import _results, compare
+from experiments.__main__ import experiments, main
+from experiments.data import load, names
+
+OPTIMA = json.loads((Path(__file__).parent / "reference" / "optima.json").read_text())
+
+
+@pytest.fixture
+def csv(tmp_path):
+    """Writes a CSV of these lines and returns its path."""
+
+    def write(*lines, encoding="utf-8"):
+        path = tmp_path / "mine.csv"
+        path.write_bytes("\n".join(lines).encode(encoding))
+        return str(path)
+
+    return write
+
+
+def refused(capsys, *arguments):
+    """The one sentence of a run that is refused."""
+    code = main(list(arguments))
+    said = capsys.readouterr()
+    assert code == 2
+    assert said.err.startswith("error: ")
+    assert said.err.count("\n") == 1
+    return said.err
+
+
+def test_listing_names_every_experiment_and_its_question(capsys):
+    assert main([]) == 0
+    said = capsys.readouterr().out
+    assert {"compare", "kink", "accuracy", "speed"} <= set(experiments())
+    for name, question in experiments().items():
+        assert name in said
+        assert question.endswith("?")
+
+
+@pytest.mark.parametrize("name", experiments())
+def test_every_experiment_has_the_parts(name, capsys):
+    module = importlib.import_module(f"experiments.{name}")
+    for part in ("Config", "run", "check", "show", "files", "folder"):
+        assert hasattr(module, part), f"{name} has no {part}"
+    with pytest.raises(SystemExit) as left:
+        main([name, "--help"])
+    assert left.value.code == 0
+    assert "--out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", names())
+def test_compare_holds_its_finding_on_every_data_set(name):
+    result = compare.run(compare.Config(data=name))
+    compare.check(result)
+    assert all(sentence.endswith(".") for sentence in compare.findings(result))
+    reference = OPTIMA["rlm"][name]
+    if np.median(np.abs(load(name).X[:, 0])) and name != "siegel":
+        spread = np.array([1, *load(name).X.std(0, ddof=1)]) / load(name).y.std(ddof=1)
+        ours = result.coefficients[result.losses.index("huber")]
+        gap = (ours - reference["coef"])[1:] * spread[1:]
+        np.testing.assert_allclose(gap, 0, atol=1e-4)
+        assert result.scale == pytest.approx(reference["scale"], rel=1e-4)
+
+
+def test_compare_names_the_rows_that_were_recorded_wrongly():
+    result = compare.run(compare.Config(losses=("mse", "huber")))
+    first, second = compare.findings(result)
+    assert first.startswith("MSE's slope is 2.5 times Huber's (5.041 against 2.04)")
+    assert "rows 15 to 20 are why" in first
+    assert "rows 15 to 20" in second
+
+
+def test_compare_sees_what_weights_cannot():
+    sentences = " ".join(compare.findings(compare.run(compare.Config(data="starsCYG"))))
+    assert "nearly agree" in sentences
+    assert "rows 11, 20, 30 and 34" in sentences
+
+
+def test_any_start_ends_in_the_same_place():
+    fits = [compare.run(compare.Config(data="stackloss", seed=seed)) for seed in (None, 1)]
+    smooth = ~fits[0].kinked
+    a, b = (f.coefficients[smooth] for f in fits)
+    np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_compare_writes_the_whole_folder_and_replaces_only_its_own(tmp_path, capsys):
+    out = tmp_path / "deep" / "results"
+    assert main(["compare", "--losses", "mse", "huber", "--out", str(out)]) == 0
+    written = {path.name for path in out.iterdir()}
+    assert written == {"result.json", "coefficients.csv", "fit.png", "weights.png", "losses.png"}
+    result = json.loads((out / "result.json").read_text())
+    assert result["fits"]["huber"]["converged"] is True
+    assert result["fits"]["huber"]["low_weight_rows"] == list(range(15, 21))
+    assert set(result["environment"]) >= {"jax", "optax", "robustloss", "python", "device"}
+    assert main(["compare", "--losses", "mae", "--no-plots", "--out", str(out)]) == 0
+    assert {path.name for path in out.iterdir()} == {"result.json", "coefficients.csv"}
+    assert [path.name for path in out.parent.iterdir()] == ["results"]
+    (out / "result.json").unlink()
+    capsys.readouterr()
+    assert "holds other files" in refused(capsys, "compare", "--out", str(out))
+    assert (out / "coefficients.csv").exists()
+
+
+def test_a_failed_write_leaves_the_old_results(tmp_path, monkeypatch):
+    _results.write(tmp_path / "r", {"result.json": b"old", "a.png": b"old"})
+
+    def full(self, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space"):
+        _results.write(tmp_path / "r", {"result.json": b"new"})
+    monkeypatch.undo()
+    assert {p.name: p.read_bytes() for p in (tmp_path / "r").iterdir()} == {
+        "result.json": b"old",
+        "a.png": b"old",
+    }
+    assert [p.name for p in tmp_path.iterdir()] == ["r"]
+
+
+def test_a_finding_that_fails_is_told_and_not_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "check", lambda result: pytest.fail("no"))
+    with pytest.raises(pytest.fail.Exception):
+        main(["compare", "--no-plots", "--out", str(tmp_path / "r")])
+
+    def fails(result):
+        raise AssertionError("huber is smaller at another fit")
+
+    monkeypatch.setattr(compare, "check", fails)
+    assert main(["compare", "--no-plots", "--out", str(tmp_path / "r")]) == 1
+    assert "huber is smaller at another fit" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
+def test_own_csv_with_bom_quotes_and_blanks(csv, tmp_path, capsys):
+    lines = ['"price, EUR",size', *(f"{3 * i + 1},{i}" for i in range(12)), "7,", ""]
+    path = csv(*lines, encoding="utf-8-sig")
+    options = ["compare", "--csv", path, "--target", "price, EUR", "--out", str(tmp_path / "r")]
+    assert "--drop-missing" in refused(capsys, *options)
+    assert not (tmp_path / "r").exists()
+    assert main([*options, "--drop-missing", "--no-plots"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 of 13 rows" in said
+    rows = (tmp_path / "r" / "coefficients.csv").read_text().splitlines()
+    assert rows[0] == "loss,intercept,size"
+    for row in rows[1:]:
+        np.testing.assert_allclose([float(v) for v in row.split(",")[1:]], [1, 3], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--data", "phone"], "'phones'"),
+        (["--losses", "hubre"], "did you mean 'huber'?"),
+        (["--losses", "xyz"], "there are"),
+        (["--steps", "0"], "--steps must be >= 1, got 0"),
+        (["--scale", "-1"], "--scale must be a positive number, got -1"),
+        (["--scale", "nan"], "--scale must be a positive number, got nan"),
+        (["--target", "y"], "none was given"),
+        (["--csv", "nowhere.csv", "--target", "y"], "nowhere.csv"),
+        (["--csv", "nowhere.csv"], "needs --target"),
+    ],
+)
+def test_bad_options_are_one_sentence(options, words, tmp_path, capsys):
+    assert words in refused(capsys, "compare", *options, "--out", str(tmp_path / "r"))
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ([], "empty"),
+        (["x,y", "1,2"], "one row"),
+        (["x;y", "1;2", "2;3"], "semicolon"),
+        (["x,x,y", "1,2,3", "2,3,4", "3,1,1"], "x"),
+        (["x,z", "1,2", "2,3", "3,4"], "y"),
+        (["x,y", "a,2", "2,3", "3,4"], "x"),
+        (["x,y", "1,2", "1,3", "1,4"], "constant"),
+        (["x,y", "1,2", "2,2", "3,2"], "constant"),
+        (["a,b,c,y", "1,2,3,4", "2,3,5,5", "7,1,1,1"], "rows"),
+    ],
+)
+def test_bad_files_are_one_sentence(lines, words, csv, tmp_path, capsys):
+    path, out = csv(*lines), tmp_path / "r"
+    assert words in refused(capsys, "compare", "--csv", path, "--target", "y", "--out", str(out))
+    assert not out.exists()
+
+
+def test_an_output_folder_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert "is a file" in refused(capsys, "compare", "--out", str(tmp_path / "file"))
+    inside = str(tmp_path / "file" / "r")
+    assert "cannot be written" in refused(capsys, "compare", "--out", inside)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_unknown_experiment_and_option(capsys):
+    assert "did you mean 'compare'?" in refused(capsys, "compere")
+    with pytest.raises(SystemExit) as left:
+        main(["compare", "--stesp", "3"])
+    assert left.value.code == 2
+
+
+def test_accuracy_continues_where_it_was_stopped(tmp_path, monkeypatch):
+    from experiments import accuracy
+
+    monkeypatch.setattr(accuracy, "CHUNK", 2**28)  # 16 chunks to a loss
+    monkeypatch.setattr(rl, "LOSSES", {"absolute_error": rl.absolute_error})
+    config = accuracy.Config(exhaustive=True, others=False, out=tmp_path / "r")
+    kept = tmp_path / ".r-unfinished.json"
+    state = {"chunks": 16, "worst": [[0.25, 2.0, 0]] * 3}
+    tmp_path.mkdir(exist_ok=True)
+    accuracy._keep(kept, config, {"absolute_error": state})
+    result = accuracy.run(config)
+    assert result.single["absolute_error"]["value"].ulp == 0.25
+    assert not kept.exists()

@@ -1,0 +1,352 @@
+"""`rl.fit` reaches known optima, says honestly when it does not, and composes."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import robustloss as rl
+from experiments.data import load, names
+
+OPTIMA = json.loads((Path(__file__).parent / "reference" / "optima.json").read_text())["datasets"]
+LBFGS = optax.lbfgs()
+
+
+def half_squared(r):
+    return 0.5 * rl.squared_error(r)
+
+
+def plane(params, X):
+    return X @ params
+
+
+def standardised(data):
+    """Design and target as compare fits them, and coefficients in those units."""
+    center, spread = data.X.mean(0), data.X.std(0, ddof=1)
+    mean, sd = data.y.mean(), data.y.std(ddof=1)
+
+    def coefficients(raw):
+        raw = np.asarray(raw)
+        return np.array([raw[0] + raw[1:] @ center - mean, *(raw[1:] * spread)]) / sd
+
+    X = np.column_stack([np.ones(len(data.y)), (data.X - center) / spread])
+    return X, (data.y - mean) / sd, sd, coefficients
+
+
+def line(n=40, outliers=4, seed=0):
+    rng = np.random.default_rng(seed)
+    X = np.column_stack([np.ones(n), rng.normal(size=n)])
+    y = X @ [1.0, 2.0] + 0.1 * rng.normal(size=n)
+    y[:outliers] += 10
+    return jnp.asarray(X, jnp.float32), jnp.asarray(y, jnp.float32)
+
+
+def test_every_data_set_has_its_optima():
+    assert set(OPTIMA) == set(names())
+
+
+@pytest.mark.parametrize("name", names())
+def test_reaches_the_optimum_in_float64(name):
+    data = load(name)
+    with jax.enable_x64(True):
+        X, y, sd, coefficients = standardised(data)
+        assert OPTIMA[name]["problems"]
+        for problem in OPTIMA[name]["problems"]:
+            scale = problem["scale"]
+            delta = (problem["c"] or 1.0) * scale / sd
+            loss = {
+                "half_squared": half_squared,
+                "huber": partial(rl.huber, delta=delta),
+                "log_cosh": partial(rl.log_cosh, delta=delta),
+                "pseudo_huber": partial(rl.pseudo_huber, delta=delta),
+            }[problem["loss"]]
+            start = np.zeros(X.shape[1])
+            found = rl.fit(loss, plane, start, X, y, optimizer=LBFGS, steps=2000)
+            objective = float(found.value) * len(y) * (sd / scale) ** 2
+            assert found.converged
+            assert objective == pytest.approx(problem["objective"], rel=1e-10)
+            np.testing.assert_allclose(found.params, coefficients(problem["coef"]), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", names())
+def test_first_order_mae_is_near_its_exact_objective(name):
+    data = load(name)
+    with jax.enable_x64(True):
+        X, y, sd, _ = standardised(data)
+        adam = optax.adam(optax.cosine_decay_schedule(0.1, 3000))
+        start = np.zeros(X.shape[1])
+        found = rl.fit(rl.absolute_error, plane, start, X, y, optimizer=adam, steps=3000)
+        objective = float(found.value) * len(y) * sd
+    assert objective == pytest.approx(OPTIMA[name]["mae"]["objective"], rel=1e-3)
+    assert bool(found.converged) <= (not OPTIMA[name]["mae"]["unique"])
+
+
+@pytest.mark.parametrize("loss", rl.LOSSES.values(), ids=rl.LOSSES)
+def test_value_and_history_are_what_they_say(loss):
+    X, y = line()
+    found = rl.fit(loss, plane, jnp.zeros(2), X, y, optimizer=optax.adam(0.1), steps=30)
+    chex.assert_shape(found.history, (31,))
+    np.testing.assert_allclose(found.history[0], rl.mean(loss, -y), rtol=1e-6)
+    np.testing.assert_allclose(found.value, rl.mean(loss, X @ found.params, y), rtol=1e-6)
+    assert found.steps == 30
+    assert found.history[30] == found.value < found.history[0]
+    assert not found.converged
+
+
+def test_history_is_nan_after_the_last_step():
+    X, y = line()
+    found = rl.fit(rl.huber, plane, jnp.zeros(2), X, y, optimizer=LBFGS, steps=500)
+    assert found.converged
+    k = int(found.steps)
+    assert np.isfinite(found.history[: k + 1]).all()
+    assert np.isnan(found.history[k + 1 :]).all()
+    assert found.history[k] == found.value
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.sgd(0.3),
+        optax.adam(0.1),
+        optax.lbfgs(),
+        optax.chain(optax.lbfgs(), optax.scale(0.5)),  # the line search's value is not ours
+        optax.lbfgs(linesearch=optax.scale_by_backtracking_linesearch(20, store_grad=True)),
+    ],
+    ids=["sgd", "adam", "lbfgs", "scaled lbfgs", "backtracking"],
+)
+def test_optimizers_agree(optimizer):
+    X, y = line()
+    found = rl.fit(rl.huber, plane, jnp.zeros(2), X, y, optimizer=optimizer, steps=3000)
+    best = rl.fit(rl.huber, plane, jnp.zeros(2), X, y, optimizer=LBFGS, steps=3000)
+    assert found.converged
+    np.testing.assert_allclose(found.params, best.params, atol=3e-3)
+    np.testing.assert_allclose(found.value, rl.mean(rl.huber, X @ found.params, y), rtol=1e-5)
+
+
+def test_a_perfect_start_stays_and_a_perfect_fit_converges():
+    X, _ = line()
+    truth = jnp.array([1.0, 2.0])
+    for loss in rl.LOSSES.values():
+        stays = rl.fit(loss, plane, truth, X, X @ truth, optimizer=LBFGS, steps=10)
+        assert stays.converged
+        assert stays.steps == 0
+    found = rl.fit(rl.huber, plane, jnp.zeros(2), X, X @ truth, optimizer=LBFGS, steps=500)
+    assert found.converged
+    np.testing.assert_allclose(found.params, truth, atol=1e-4)
+
+
+def test_too_few_steps_and_broken_data_do_not_converge():
+    X, y = line()
+    short = rl.fit(rl.huber, plane, jnp.zeros(2), X, y, optimizer=LBFGS, steps=2)
+    assert not short.converged
+    nan = rl.fit(rl.huber, plane, jnp.zeros(2), X, y.at[0].set(jnp.nan), optimizer=LBFGS, steps=9)
+    assert not nan.converged
+    assert np.isnan(nan.value)
+    wild = rl.fit(rl.squared_error, plane, jnp.zeros(2), X, y, optimizer=optax.sgd(9.0), steps=999)
+    assert not wild.converged
+    assert not np.isfinite(wild.value)
+    assert wild.steps < 999
+
+
+def test_where_drops_rows_that_hold_anything():
+    X, y = line()
+    keep = jnp.arange(len(y)) % 5 != 1
+    dirty = (jnp.where(keep[:, None], X, jnp.nan), jnp.where(keep, y, jnp.inf))
+    fit = partial(rl.fit, rl.log_cosh, plane, jnp.zeros(2), optimizer=LBFGS, steps=300)
+    chex.assert_trees_all_close(
+        fit(*dirty, where=keep).params, fit(X[keep], y[keep]).params, atol=1e-5
+    )
+    batches = fit(*dirty, where=keep, batch_size=8, key=jax.random.key(0))
+    assert np.isfinite(batches.params).all()
+
+
+def test_weights_count_rows():
+    X, y = line()
+    count = jnp.arange(len(y)) % 3
+    repeated = jnp.repeat(jnp.arange(len(y)), count)
+    fit = partial(rl.fit, rl.pseudo_huber, plane, jnp.zeros(2), optimizer=LBFGS, steps=300)
+    chex.assert_trees_all_close(
+        fit(X, y, weights=count).params, fit(X[repeated], y[repeated]).params, atol=1e-4
+    )
+
+
+def test_vmap_over_delta_starts_and_data():
+    X, y = line()
+    data = jnp.stack([y, y[::-1], -y])
+    starts = jax.random.normal(jax.random.key(1), (3, 2))
+    deltas = jnp.array([0.1, 1.0, 10.0])
+
+    def fit(delta, start, y):
+        loss = partial(rl.huber, delta=delta)
+        return rl.fit(loss, plane, start, X, y, optimizer=LBFGS, steps=200)
+
+    together = jax.jit(jax.vmap(fit))(deltas, starts, data)
+    for i, case in enumerate(zip(deltas, starts, data, strict=True)):
+        alone = fit(*case)
+        assert alone.converged
+        assert together.converged[i]
+        np.testing.assert_allclose(together.params[i], alone.params, atol=2e-3)
+        np.testing.assert_allclose(together.value[i], alone.value, rtol=1e-5)
+
+
+def test_another_delta_does_not_compile_again():
+    X, y = line()
+    traces = []
+
+    def counted(params, X):
+        traces.append(1)
+        return X @ params
+
+    def fit(delta):
+        loss = partial(rl.huber, delta=delta)
+        return rl.fit(loss, counted, jnp.zeros(2), X, y, optimizer=LBFGS, steps=50)
+
+    first = fit(0.5)
+    once = len(traces)
+    second = fit(5.0)
+    assert len(traces) == once + 1  # the check of the shapes alone
+    assert not np.allclose(first.params, second.params)
+
+
+def test_forward_mode_passes_through_the_loop():
+    X, y = line()
+
+    def slope(delta):
+        loss = partial(rl.huber, delta=delta)
+        gd = optax.sgd(0.3)
+        return rl.fit(loss, plane, jnp.zeros(2), X, y, optimizer=gd, steps=500).params[0]
+
+    with jax.enable_x64(True):
+        X, y = X.astype(jnp.float64), y.astype(jnp.float64)
+        _, tangent = jax.jvp(slope, (0.5,), (1.0,))
+        np.testing.assert_allclose(tangent, (slope(0.5001) - slope(0.4999)) / 2e-4, rtol=1e-4)
+
+
+def test_params_are_a_pytree_and_targets_may_have_columns():
+    X, y = line()
+    Y = jnp.stack([y, 2 * y], axis=1)
+
+    def model(params, inputs):
+        return inputs["x"] @ params["w"] + params["b"]
+
+    start = {"w": np.zeros((2, 2), np.float32), "b": [0.0, 0.0]}
+    start["b"] = np.zeros(2, np.float32)
+    found = rl.fit(rl.huber, model, start, {"x": X}, Y, optimizer=optax.adam(0.05), steps=2000)
+    chex.assert_trees_all_equal_shapes(found.params, start)
+    np.testing.assert_allclose(found.params["w"][1], [2.0, 4.0], atol=0.2)
+
+
+def test_bfloat16_parameters_train():
+    X, y = line()
+    start = jnp.zeros(2, jnp.bfloat16)
+    adam = optax.adam(0.05)
+    found = rl.fit(rl.huber, plane, start, X.astype(jnp.bfloat16), y, optimizer=adam, steps=300)
+    assert found.params.dtype == jnp.bfloat16
+    assert found.value.dtype == jnp.float32
+    np.testing.assert_allclose(found.params.astype(jnp.float32)[1], 2.0, atol=0.2)
+
+
+@pytest.mark.parametrize("batch_size", [7, 10, 40])
+def test_mini_batches(batch_size):
+    X, y = line()
+    adam = optax.adam(optax.cosine_decay_schedule(0.1, 2000))
+
+    def fit(seed):
+        return rl.fit(
+            rl.huber, plane, jnp.zeros(2), X, y,
+            optimizer=adam, steps=2000, batch_size=batch_size, key=jax.random.key(seed),
+        )  # fmt: skip
+
+    one, same, other = fit(0), fit(0), fit(1)
+    best = rl.fit(rl.huber, plane, jnp.zeros(2), X, y, optimizer=LBFGS, steps=200)
+    chex.assert_trees_all_equal(one, same)
+    if batch_size < len(y):
+        assert not np.array_equal(one.history, other.history)
+    np.testing.assert_allclose(one.params, best.params, atol=0.02)
+    np.testing.assert_allclose(one.value, rl.mean(rl.huber, X @ one.params, y), rtol=1e-6)
+    assert one.history[int(one.steps)] == one.value
+
+
+def test_an_epoch_sees_every_row_once():
+    n, seen = 10, []
+    X, y = jnp.arange(n, dtype=jnp.float32), jnp.zeros(n)
+
+    def spy(params, x):
+        if x.shape == (4,):
+            jax.debug.callback(lambda x: seen.append(np.asarray(x)), x)
+        return params * x
+
+    found = rl.fit(
+        rl.huber, spy, jnp.float32(1.0), X, y,
+        optimizer=optax.sgd(1e-9), steps=3, batch_size=4, key=jax.random.key(3),
+    )  # fmt: skip
+    jax.block_until_ready(found)
+    jax.effects_barrier()
+    rows = np.concatenate(seen)
+    assert sorted(set(rows[: n + 2])) == list(range(n))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"steps": 0}, ValueError, "steps must be >= 1, got 0"),
+        ({"tolerance": -1.0}, ValueError, "tolerance must be >= 0, got -1.0"),
+        ({"tolerance": float("nan")}, ValueError, "tolerance"),
+        ({"batch_size": 0, "key": 0}, ValueError, r"batch_size must be in \[1, 40\], got 0"),
+        ({"batch_size": 41, "key": 0}, ValueError, "got 41"),
+        ({"batch_size": 4}, ValueError, "key"),
+        ({"params": jnp.zeros(2, int)}, TypeError, "params must be floating arrays, got dtype int"),
+        ({"targets": jnp.zeros((40, 1))}, ValueError, r"\(40,\) and \(40, 1\)"),
+        ({"inputs": jnp.zeros((39, 2))}, ValueError, r"39, 2\) for 40 targets"),
+        ({"targets": jnp.zeros(())}, ValueError, "scalar"),
+        ({"weights": jnp.full(40, -1.0)}, ValueError, "weights must be >= 0, got -1.0"),
+        ({"where": jnp.ones(40)}, TypeError, "where must be boolean"),
+        ({"where": jnp.ones(39, bool)}, ValueError, r"\(40,\), got shape \(39,\)"),
+        ({"loss": partial(rl.huber, delta=-1.0)}, ValueError, "delta must be > 0, got -1.0"),
+        ({"optimizer": 0.1}, TypeError, "optimizer must be an optax"),
+    ],
+)
+def test_bad_input_is_told_before_any_work(change, error, words):
+    X, y = line()
+    good = {"loss": rl.huber, "params": jnp.zeros(2), "inputs": X, "targets": y}
+    given = {**good, "optimizer": LBFGS, "steps": 5, **change}
+    with pytest.raises(error, match=words):
+        rl.fit(
+            given.pop("loss"), plane, given.pop("params"), given.pop("inputs"),
+            given.pop("targets"), **given,
+        )  # fmt: skip
+
+
+def test_sharded_rows_give_the_same_fit_on_eight_devices():
+    script = """
+import jax, jax.numpy as jnp, numpy as np, optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+import robustloss as rl
+assert jax.device_count() == 8
+rng = np.random.default_rng(0)
+X = jnp.asarray(rng.normal(size=(800, 3)), jnp.float32)
+y = X @ jnp.array([1.0, 2.0, 3.0]) + jnp.asarray(rng.standard_t(2, size=800), jnp.float32)
+mesh = jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,))
+rows = NamedSharding(mesh, P("rows"))
+fit = lambda X, y: rl.fit(rl.huber, lambda p, X: X @ p, jnp.zeros(3), X, y,
+                          optimizer=optax.lbfgs(), steps=100)
+one, many = fit(X, y), fit(jax.device_put(X, rows), jax.device_put(y, rows))
+assert one.converged and many.converged
+np.testing.assert_allclose(many.params, one.params, rtol=1e-4)
+np.testing.assert_allclose(many.value, one.value, rtol=1e-5)
+"""
+    env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(
+        command, check=False, env={**os.environ, **env}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

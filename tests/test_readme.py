@@ -1,0 +1,70 @@
+"""What the README says is what a reader gets."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import robustloss as rl
+from experiments import __main__ as command
+from experiments import compare, kink
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_python_blocks_print_what_is_printed_below_them():
+    blocks = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 2
+    names = {}
+    for code, printed in blocks:
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            exec(code, names)
+        assert said.getvalue() == printed
+
+
+def test_loss_table_is_complete():
+    table = README.split("## The losses")[1].split("## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (\w+) \|$", table, re.MULTILINE)
+    families = {name: f.__module__.rsplit(".", 1)[-1] for name, f in rl.LOSSES.items()}
+    assert dict(rows) == families
+    assert len(rows) == len(rl.LOSSES)
+
+
+def test_compare_block_is_what_compare_prints():
+    printed = README.split("```text\n")[1].split("```")[0]
+    said = io.StringIO()
+    compare.show(compare.run(compare.Config()), Console(file=said, width=80))
+    timed = re.compile(r"\d+\.\d+ +│$", re.MULTILINE)  # the seconds
+
+    def lines(text):
+        return [timed.sub("", line).rstrip() for line in text.strip().splitlines()]
+
+    assert lines(said.getvalue()) == lines(printed.split("\nWritten to")[0])
+
+
+def test_kink_table_is_what_kink_measures():
+    table = README.split("## Why the kink matters")[1].split("How many digits")[0]
+    rows = [row.strip("| ").split(" | ") for row in table.splitlines() if row.startswith("| ")][1:]
+    said = {what: values for what, *values in rows}
+    result = kink.run(kink.Config())
+    at = result.slopes["jnp.abs"]
+    assert said["slope of `jnp.abs` at 0 and -0"][0] == "1"
+    assert (*at["0"], *at["-0"], *at["NaN"]) == (1, 1, 1, 1, -1, -1)
+    assert said["slope of `jnp.abs` at NaN"][0] == "-1"
+    measured = [row[2:4] for row in result.losses]
+    printed = [[float(v) for v in values[:2]] for values in list(said.values())[2:]]
+    assert len(printed) == len(measured)
+    for ours, theirs in zip(printed, measured, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, nan_ok=True)
+
+
+def test_named_commands_and_files_exist():
+    for name in re.findall(r"python -m experiments (\w+)", README):
+        assert name in command.experiments()
+    for path in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / path).exists(), path
