@@ -235,7 +235,7 @@ def show(result: Result, console: Console) -> None:
 
     table = Table(
         Column("loss", no_wrap=True),
-        *("delta", "MAD / 0.6745", "objective", "steps", "converged", "seconds"),
+        *("delta", "robust scale", "objective", "steps", "converged", "seconds"),
         title="Fits (seconds: of the first fit, compilation included)",
     )
     for i, name in enumerate(result.losses):

@@ -1,7 +1,7 @@
 """Regression losses for JAX, from squared error to robust, with derivatives that hold."""
 
 from robustloss.fitting import *
-from robustloss.losses import LOSSES
+from robustloss.losses import LOSSES as LOSSES
 from robustloss.losses.convex import *
 from robustloss.reduce import *
 from robustloss.views import *

@@ -9,7 +9,12 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from robustloss.losses._elementwise import readable, real_array, residual
+from robustloss.losses._elementwise import (
+    at_least_float32,
+    readable,
+    real_array,
+    residual,
+)
 from robustloss.losses.convex import absolute_error, squared_error
 
 __all__ = ["mae", "mean", "mse", "total"]
@@ -128,10 +133,7 @@ def _kept(
     """The losses with 0 where dropped, their weights (None: all 1), and the result's dtype."""
     r, dtype = residual(predictions, targets)
     keep = None if where is None else mask(where, r.shape)
-    if keep is None:
-        losses = loss(r)
-    else:
-        losses = jnp.where(keep, loss(jnp.where(keep, r, 0)), 0)
+    losses = loss(r) if keep is None else jnp.where(keep, loss(jnp.where(keep, r, 0)), 0)
     if losses.shape != r.shape:
         raise ValueError(
             f"a loss must keep the residual's shape {r.shape}, got shape {losses.shape}"
@@ -140,7 +142,7 @@ def _kept(
         return losses, None if keep is None else keep.astype(losses.dtype), dtype
     w = nonnegative(weights, r.shape, where)
     dtype = jnp.result_type(dtype, w)
-    wide = jnp.promote_types(losses.dtype, w.dtype)
+    wide = at_least_float32(dtype)
     return losses.astype(wide), w.astype(wide), dtype
 
 

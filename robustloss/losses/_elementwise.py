@@ -63,9 +63,9 @@ def real_array(name: str, x: ArrayLike) -> Array:
     dtype = getattr(x, "dtype", None)
     if dtype is None:
         dtype = np.asarray(x).dtype
-    if not (jnp.issubdtype(dtype, np.number) or jnp.issubdtype(dtype, np.bool_)) or (
-        jnp.issubdtype(dtype, np.complexfloating)
-    ):
+    kinds = (np.floating, np.signedinteger, np.unsignedinteger, np.bool_)
+    real = any(jnp.issubdtype(dtype, kind) for kind in kinds)
+    if not real or jnp.issubdtype(dtype, np.timedelta64):  # a signed integer to NumPy
         raise TypeError(f"{name} must be real numbers, got dtype {dtype}")
     return jnp.asarray(x)
 
@@ -89,7 +89,8 @@ def _inside(name: str, x: ArrayLike, holds: Callable[[Any], Any], law: str) -> A
     array = real_array(name, x)
     given = readable(x)
     if given is None:
-        return jnp.where(holds(array), array, jnp.nan)
+        # A factor, not a choice between array and NaN, so that the gradient is NaN too.
+        return array * jnp.where(holds(array), 1.0, jnp.nan)
     if not np.all(holds(given)):
         raise ValueError(f"{name} {law}, got {np.ravel(given)[~np.ravel(holds(given))][0]}")
     return array

@@ -396,7 +396,8 @@ def _cos3(r: Array, delta: Array) -> Array:
     lost_t3 = lost_t2 / jnp.maximum(t2, tiny) + lost_t / jnp.maximum(t, tiny)
     outside = t * (t2 * cube)
     outside = outside + outside * (lost_t3 - relative)
-    return jnp.where(a > delta, outside, inside)
+    cubed = jnp.where(a > delta, outside, inside)
+    return jnp.where(jnp.isinf(r), _flat(delta), cubed)
 
 
 @with_partials(
@@ -430,13 +431,13 @@ def _versine(r: Array, delta: Array) -> Array:
 @with_partials(lambda r, d: _flat(r), lambda r, d: _flat(r))
 def _within(r: Array, delta: Array) -> Array:
     """1 up to |r| = delta and 0 beyond; NaN stays NaN."""
-    return jnp.where(jnp.abs(r) > delta, 0.0, 1.0) + _flat(r + delta)
+    return jnp.where(jnp.abs(r) > delta, 0.0, 1.0) + _flat(jnp.abs(r) + delta)
 
 
 @with_partials(lambda r, d: _flat(r), lambda r, d: _flat(r))
 def _beyond(r: Array, delta: Array) -> Array:
     """sign(r) beyond |r| = delta and 0 up to there; NaN stays NaN."""
-    return jnp.where(jnp.abs(r) > delta, jnp.sign(r), 0.0) + _flat(r + delta)
+    return jnp.where(jnp.abs(r) > delta, jnp.sign(r), 0.0) + _flat(jnp.abs(r) + delta)
 
 
 @with_partials(lambda r: _flat(r))
