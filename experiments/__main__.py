@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +18,7 @@ from rich.table import Table
 from experiments import UsageError
 
 FOLDER = Path(__file__).parent
+INTERRUPTED = 130
 
 
 def experiments() -> dict[str, str]:
@@ -41,22 +43,18 @@ def main(arguments: list[str]) -> int:
         near = difflib.get_close_matches(name, found, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(found)}."
         return refuse(f"no experiment is called {name!r}; {hint}")
-    import tyro  # noqa: PLC0415  (listing stays quick)
-
-    module = importlib.import_module(f"experiments.{name}")
-    config = tyro.cli(
-        module.Config,
-        args=options,
-        prog=f"python -m experiments {name}",
-        description=module.__doc__,
-    )
     try:
+        import tyro  # noqa: PLC0415  (listing stays quick)
+
+        module = importlib.import_module(f"experiments.{name}")
+        prog = f"python -m experiments {name}"
+        config = tyro.cli(module.Config, args=options, prog=prog, description=module.__doc__)
         return perform(module, config)
     except UsageError as error:
         return refuse(str(error))
     except KeyboardInterrupt:
         print("\ninterrupted; nothing was written.", file=sys.stderr)
-        return 130
+        return INTERRUPTED
 
 
 def perform(module: ModuleType, config: Any) -> int:
@@ -66,7 +64,7 @@ def perform(module: ModuleType, config: Any) -> int:
     out = module.folder(config)
     _results.check_writable(out)
     console = Console()
-    with Progress(console=console, transient=True) as bar:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading", total=1.0)
 
         def progress(done: float, what: str) -> None:
@@ -96,4 +94,8 @@ def refuse(sentence: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    if code == INTERRUPTED:
+        sys.stderr.flush()
+        os._exit(code)  # XLA may still be computing, and must not meet a dying interpreter
+    sys.exit(code)

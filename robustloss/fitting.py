@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,8 +13,8 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from robustloss.losses._elementwise import real_array
-from robustloss.reduce import mask, mean, nonnegative
+from robustloss.losses._elementwise import at_least_float32, check_loss, real_array
+from robustloss.reduce import mask, mean, nonnegative, total
 
 if TYPE_CHECKING:
     import optax
@@ -65,13 +66,13 @@ def fit(
     sharded arrays as it is, and can be differentiated in forward mode (a loop of unknown
     length has no reverse mode in JAX).
 
-    It stops when two things hold at once. The relative change of the value in the last step
-    (in the last epoch, with mini-batches) is at most `tolerance`; and the gradient is small:
-    `max_i |g_i| max(|p_i|, 1) <= sqrt(tolerance) |value|`, the relative gradient of Dennis
-    and Schnabel (1983, section 7.2), or `max |g_i|` is at most `tolerance` times what it was at
-    the start, which serves perfect fits. `converged` says that this happened. The gradient of
-    `absolute_error` jumps at its minimum and does not get small, so no such fit is reported
-    as converged. A value that is not finite ends the fit, unconverged.
+    It stops when two things hold at once: the value changed by at most `tolerance` of itself
+    in the last step (in the last epoch, with mini-batches); and the largest entry of the
+    gradient is at most `tolerance**(2/3)` of what it was at the start, or of what it would be
+    there if the rows' pulls had random signs, which serves a start at the optimum. `converged`
+    says that this happened. The gradient of `absolute_error` jumps at its minimum instead of
+    getting small, so such a fit is not reported as converged unless the minimum is flat. A
+    value that is not finite ends the fit, unconverged.
 
     Args:
         loss: an elementwise function of the residual, such as `rl.huber`.
@@ -81,12 +82,13 @@ def fit(
         targets: real numbers; the first axis counts the rows.
         optimizer: any optax transformation, `optax.lbfgs` with its line search included.
         steps: the most steps to take.
-        tolerance: see above; by default 1e-14 in float64 and 1e-6 in float32. 0 takes all
+        tolerance: see above; by default 1e-12 in float64 and 1e-6 in float32. 0 takes all
             steps, unless the gradient becomes 0.
         where: booleans that broadcast to the targets; rows of which nothing is kept may hold
             anything, in inputs and targets.
         weights: numbers >= 0 that broadcast to the targets.
         batch_size: rows per step, drawn without replacement in each epoch; None takes all.
+            The gradient of a batch is, on average over batches, that of all rows.
         key: a `jax.random.key`, needed with `batch_size`.
 
     Returns:
@@ -106,30 +108,36 @@ def fit(
     >>> print(f"{found.params['slope']:.2f} x + {found.params['intercept']:.2f}, {found.converged}")
     1.99 x + 1.19, True
     """
+    check_loss(loss)
     if not all(callable(getattr(optimizer, part, None)) for part in ("init", "update")):
         kind = type(optimizer).__name__
         raise TypeError(f"optimizer must be an optax GradientTransformation, got {kind}")
     targets = real_array("targets", targets)
     params = jax.tree.map(_floating, params)
+    leaves = jax.tree.leaves(params)
+    if not sum(leaf.size for leaf in leaves):
+        raise ValueError("params must hold at least one number, got none")
     inputs = jax.tree.map(partial(_rows, len(targets) if targets.ndim else None), inputs)
+    if targets.size == 0:
+        raise ValueError(f"targets must have at least one row, got shape {targets.shape}")
+    try:
+        steps = operator.index(steps)
+    except TypeError:
+        raise TypeError(f"steps must be an integer, got {steps!r}") from None
     if steps < 1:
         raise ValueError(f"steps must be >= 1, got {steps}")
     if tolerance is None:
-        leaves = jax.tree.leaves(params)
-        tolerance = 1e-14 if jnp.result_type(*leaves, targets) == jnp.float64 else 1e-6
+        tolerance = 1e-12 if jnp.result_type(*leaves) == jnp.float64 else 1e-6
     if not isinstance(tolerance, jax.core.Tracer) and not tolerance >= 0:
         raise ValueError(f"tolerance must be >= 0, got {tolerance}")
-    if batch_size is not None:
-        if not 1 <= batch_size <= len(targets):
-            raise ValueError(f"batch_size must be in [1, {len(targets)}], got {batch_size}")
-        if key is None:
-            raise ValueError("a mini-batch fit needs key=jax.random.key(...)")
     keep = None if where is None else mask(where, targets.shape)
     w = None if weights is None else nonnegative(weights, targets.shape, where)
     # Told here, where delta is still a number and the shapes can be named.
     jax.eval_shape(lambda: mean(loss, model(params, inputs), targets))
-    loss_key, loss_values = _split(loss)
-    model_key, model_values = _split(model)
+    loss_key, loss_values = _split(loss, jax.Array, np.ndarray, float)
+    model_key, model_values = _split(model, jax.Array, np.ndarray)
+    if batch_size is not None:
+        _check_batches(batch_size, key, targets, loss_values)
     return _fit(
         loss_key, model_key, optimizer, steps, batch_size,
         loss_values, model_values, params, inputs, targets, keep, w, tolerance, key,
@@ -147,29 +155,45 @@ def _fit(
         # A dropped row becomes a copy of a kept one, lest a NaN in it reach the gradient.
         kept = jnp.any(keep.reshape(len(keep), -1), axis=1)
         index = jnp.where(kept, jnp.arange(len(kept)), jnp.argmax(kept))
-        inputs = jax.tree.map(lambda x: x[index], inputs)
+        inputs = jax.tree.map(lambda x: jnp.where(jnp.any(kept), x[index], 0), inputs)
 
-    def objective(params: Params, take: Array | None = None, real: Array | None = None) -> Array:
-        x, y, k, w = inputs, targets, keep, weights
-        if take is not None and real is not None:
-            x, y, k, w = jax.tree.map(lambda leaf: leaf[take], (x, y, k, w))
-            real = jnp.broadcast_to(jnp.expand_dims(real, range(1, y.ndim)), y.shape)
-            k = real if k is None else real & k
-        predictions = model(params, x)
-        wide = jnp.promote_types(jnp.float32, jnp.result_type(predictions, y))
-        return mean(loss, predictions.astype(wide), y.astype(wide), where=k, weights=w)
+    wide = at_least_float32(jnp.result_type(*jax.tree.leaves(params)))
+    size = jnp.float32(targets.size) if keep is None else jnp.sum(keep, dtype=wide)
+    size = size if weights is None else jnp.sum(weights, dtype=wide)
 
+    def objective(params: Params) -> Array:
+        predictions, y = model(params, inputs).astype(wide), targets.astype(wide)
+        return mean(loss, predictions, y, where=keep, weights=weights).astype(wide)
+
+    def signed(params: Params, w: Array) -> Array:
+        predictions, y = model(params, inputs).astype(wide), targets.astype(wide)
+        w = w if weights is None else w * weights
+        return total(loss, predictions, y, where=keep, weights=w) / jnp.where(size > 0, size, 1)
+
+    def of_batch(params: Params, take: Array, real: Array) -> Array:
+        x, y, k, w = jax.tree.map(lambda leaf: leaf[take], (inputs, targets, keep, weights))
+        here = jnp.broadcast_to(jnp.expand_dims(real, range(1, y.ndim)), y.shape)
+        k = here if k is None else here & k
+        predictions, y = model(params, x).astype(wide), y.astype(wide)
+        share = jnp.sum(real) / len(targets)
+        summed = total(loss, predictions, y, where=k, weights=w).astype(wide)
+        return summed / (share * jnp.where(size > 0, size, 1)).astype(wide)
+
+    signs = jax.random.rademacher(jax.random.key(0), targets.shape, wide)
+    value, gradient = jax.value_and_grad(objective)(params)
+    largest = jnp.maximum(_largest(gradient), _largest(jax.grad(signed)(params, signs)))
+    at_rest = _at_rest(tolerance, value, largest)
+    start = (params, value, gradient)
     if batch_size is None or key is None:
-        return _full_batch(objective, params, optimizer, steps, tolerance)
+        return _full_batch(objective, at_rest, start, optimizer, steps)
     rows = len(targets)
-    return _mini_batch(objective, params, optimizer, steps, tolerance, rows, batch_size, key)
+    return _mini_batch(objective, of_batch, at_rest, start, optimizer, steps, rows, batch_size, key)
 
 
 def _full_batch(
-    objective: Objective, params: Params, optimizer: Any, steps: int, tolerance: Array
+    objective: Objective, at_rest: Callable[..., Array], start: Any, optimizer: Any, steps: int
 ) -> Fit:
-    value, gradient = jax.value_and_grad(objective)(params)
-    at_rest = _at_rest(tolerance, gradient)
+    params, value, gradient = start
     history = jnp.full(steps + 1, jnp.nan, value.dtype).at[0].set(value)
 
     def step(carry: Any) -> Any:
@@ -177,26 +201,25 @@ def _full_batch(
         params, state = _update(optimizer, objective, params, value, gradient, state)
         before = value
         value, gradient = _value_and_grad(objective, params, state)
-        rest = at_rest(params, before, value, gradient)
+        rest = at_rest(before, value, gradient)
         return params, value, gradient, state, k + 1, rest, history.at[k + 1].set(value)
 
     def goes_on(carry: Any) -> Array:
         _, value, _, _, k, rest, _ = carry
         return (k < steps) & ~rest & jnp.isfinite(value)
 
-    rest = _largest(gradient) == 0  # a perfect start has nowhere to go
+    rest = (_largest(gradient) == 0) & jnp.isfinite(value)  # a perfect start has nowhere to go
     start = (params, value, gradient, _init(optimizer, params), 0, rest, history)
     params, value, _, _, k, rest, history = lax.while_loop(goes_on, step, start)
     return Fit(params, value, jnp.asarray(k), rest, history)
 
 
 def _mini_batch(
-    objective: Callable[..., Array], params: Params, optimizer: Any, steps: int,
-    tolerance: Array, rows: int, batch_size: int, key: Array,
+    objective: Objective, of_batch: Callable[..., Array], at_rest: Callable[..., Array],
+    start: Any, optimizer: Any, steps: int, rows: int, batch_size: int, key: Array,
 ) -> Fit:  # fmt: skip
     batches = -(-rows // batch_size)
-    value, gradient = jax.value_and_grad(objective)(params)
-    at_rest = _at_rest(tolerance, gradient)
+    params, value, gradient = start
     history = jnp.full(steps + 1, jnp.nan, value.dtype)
 
     def epoch(carry: Any) -> Any:
@@ -208,36 +231,36 @@ def _mini_batch(
             params, state, history = carry
             first = i * batch_size
             take = lax.dynamic_slice(order, (first,), (batch_size,))
-            batch = partial(objective, take=take, real=first + jnp.arange(batch_size) < rows)
-            of_batch, gradient = jax.value_and_grad(batch)(params)
-            params, state = _update(optimizer, batch, params, of_batch, gradient, state)
-            return params, state, history.at[k + i].set(of_batch)
+            batch = partial(of_batch, take=take, real=first + jnp.arange(batch_size) < rows)
+            value, gradient = jax.value_and_grad(batch)(params)
+            params, state = _update(optimizer, batch, params, value, gradient, state)
+            return params, state, history.at[k + i].set(value)
 
         taken = jnp.minimum(batches, steps - k)
         params, state, history = lax.fori_loop(0, taken, step, (params, state, history))
         before = value
         value, gradient = jax.value_and_grad(objective)(params)
-        rest = at_rest(params, before, value, gradient)
+        rest = at_rest(before, value, gradient)
         return params, value, state, k + taken, rest, history
 
     def goes_on(carry: Any) -> Array:
         _, value, _, k, rest, _ = carry
         return (k < steps) & ~rest & jnp.isfinite(value)
 
-    rest = _largest(gradient) == 0
+    rest = (_largest(gradient) == 0) & jnp.isfinite(value)
     start = (params, value, _init(optimizer, params), jnp.asarray(0), rest, history)
     params, value, _, k, rest, history = lax.while_loop(goes_on, epoch, start)
     return Fit(params, value, k, rest, history.at[k].set(value))
 
 
-def _at_rest(tolerance: Array, first_gradient: Params) -> Callable[..., Array]:
-    """The test of `fit`'s docstring."""
+def _at_rest(tolerance: Array, first: Array, largest: Array) -> Callable[..., Array]:
+    """The test of `fit`'s docstring, for the first value and the largest gradient there."""
 
-    def at_rest(params: Params, before: Array, value: Array, gradient: Params) -> Array:
-        still = jnp.abs(value - before) <= tolerance * jnp.abs(value)
-        scaled = jax.tree.map(lambda g, p: g * jnp.maximum(jnp.abs(p), 1), gradient, params)
-        flat = _largest(scaled) <= jnp.sqrt(tolerance) * jnp.abs(value)
-        flat |= _largest(gradient) <= tolerance * _largest(first_gradient)
+    def at_rest(before: Array, value: Array, gradient: Params) -> Array:
+        # Below tolerance * first, a fit is perfect to rounding and its value mere noise.
+        size = jnp.maximum(jnp.abs(value), tolerance * jnp.abs(first))
+        still = jnp.abs(value - before) <= tolerance * size
+        flat = _largest(gradient) <= tolerance ** (2 / 3) * largest
         return still & flat & jnp.isfinite(value)
 
     return at_rest
@@ -277,28 +300,54 @@ def _largest(tree: Params) -> Array:
     return jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
-def _split(function: Callable[..., Any]) -> tuple[Any, tuple[Any, ...]]:
-    """A function as what a compilation depends on, and the numbers that it does not.
+class _Program(NamedTuple):
+    """What a compilation depends on of a `functools.partial`."""
 
-    The numbers are those of a `functools.partial`; everything else is part of the program.
+    function: Callable[..., Any]
+    tree: Any
+    traced: tuple[bool, ...]
+    rest: tuple[Any, ...]
+
+
+def _split(function: Callable[..., Any], *traced: type) -> tuple[Any, tuple[Any, ...]]:
+    """A function as what a compilation depends on, and the arguments that it does not.
+
+    Those are the arguments of these types in a `functools.partial`.
     """
     if not isinstance(function, partial):
         return function, ()
     leaves, tree = jax.tree.flatten((function.args, function.keywords))
-    number = tuple(isinstance(leaf, (jax.Array, np.ndarray, float)) for leaf in leaves)
-    rest = tuple(None if n else leaf for n, leaf in zip(number, leaves, strict=True))
-    values = tuple(leaf for n, leaf in zip(number, leaves, strict=True) if n)
-    return (function.func, tree, number, rest), values
+    which = tuple(isinstance(leaf, traced) for leaf in leaves)
+    rest = tuple(None if t else leaf for t, leaf in zip(which, leaves, strict=True))
+    values = tuple(leaf for t, leaf in zip(which, leaves, strict=True) if t)
+    return _Program(function.func, tree, which, rest), values
 
 
-def _join(key: Any, values: tuple[Any, ...]) -> Callable[..., Any]:
-    if not isinstance(key, tuple):
-        return key
-    function, tree, number, rest = key
-    numbers = iter(values)
-    leaves = [next(numbers) if n else leaf for n, leaf in zip(number, rest, strict=True)]
-    args, keywords = jax.tree.unflatten(tree, leaves)
-    return partial(function, *args, **keywords)
+def _join(program: Any, values: tuple[Any, ...]) -> Callable[..., Any]:
+    if not isinstance(program, _Program):
+        return program
+    given = iter(values)
+    pairs = zip(program.traced, program.rest, strict=True)
+    leaves = [next(given) if traced else leaf for traced, leaf in pairs]
+    args, keywords = jax.tree.unflatten(program.tree, leaves)
+    return partial(program.function, *args, **keywords)
+
+
+def _check_batches(
+    batch_size: int, key: Array | None, targets: Array, loss_values: tuple[Any, ...]
+) -> None:
+    if not 1 <= batch_size <= len(targets):
+        raise ValueError(f"batch_size must be in [1, {len(targets)}], got {batch_size}")
+    if key is None:
+        raise ValueError("a mini-batch fit needs key=jax.random.key(...)")
+    if isinstance(key, int):
+        raise TypeError(f"key must be a jax.random.key, got {key}; jax.random.key({key})?")
+    for shape in map(np.shape, loss_values):
+        if len(shape) >= targets.ndim and shape[-targets.ndim] != 1:
+            raise ValueError(
+                "with batch_size, a parameter of the loss cannot differ by row, "
+                f"got shape {shape} for targets of shape {targets.shape}"
+            )
 
 
 def _floating(x: ArrayLike) -> Array:

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from robustloss.losses._elementwise import (
     at_least_float32,
+    check_loss,
     readable,
     real_array,
     residual,
@@ -131,6 +132,7 @@ def _kept(
     weights: ArrayLike | None,
 ) -> tuple[Array, Array | None, jnp.dtype]:
     """The losses with 0 where dropped, their weights (None: all 1), and the result's dtype."""
+    check_loss(loss)
     r, dtype = residual(predictions, targets)
     keep = None if where is None else mask(where, r.shape)
     losses = loss(r) if keep is None else jnp.where(keep, loss(jnp.where(keep, r, 0)), 0)
@@ -138,6 +140,7 @@ def _kept(
         raise ValueError(
             f"a loss must keep the residual's shape {r.shape}, got shape {losses.shape}"
         )
+    losses = losses.astype(at_least_float32(losses.dtype))
     if weights is None:
         return losses, None if keep is None else keep.astype(losses.dtype), dtype
     w = nonnegative(weights, r.shape, where)

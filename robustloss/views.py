@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from robustloss.losses._elementwise import residual
+from robustloss.losses._elementwise import check_loss, residual
 
 __all__ = ["curvature", "influence", "weight"]
 
@@ -104,6 +104,8 @@ def weight(loss: Loss, predictions: ArrayLike, targets: ArrayLike | None = None)
 
 
 def _derivative(loss: Loss) -> Callable[[Array], Array]:
+    check_loss(loss)
+
     # A loss acts on each residual alone, so one tangent of ones reaches every derivative.
     def derivative(r: Array) -> Array:
         return jax.jvp(loss, (r,), (jnp.ones_like(r),))[1]

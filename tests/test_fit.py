@@ -19,6 +19,7 @@ from experiments.data import load, names
 
 OPTIMA = json.loads((Path(__file__).parent / "reference" / "optima.json").read_text())["datasets"]
 LBFGS = optax.lbfgs()
+KEY = jax.random.key(0)
 
 
 def half_squared(r):
@@ -155,6 +156,88 @@ def test_too_few_steps_and_broken_data_do_not_converge():
     assert not wild.converged
     assert not np.isfinite(wild.value)
     assert wild.steps < 999
+
+
+@pytest.mark.parametrize(
+    ("target", "optimizer"),
+    [
+        (lambda x: 150000 + 20000 * x + 100 * jnp.sin(7 * x), optax.adam(0.1)),
+        (lambda x: x.at[3].set(1e6), optax.adam(0.1)),
+        (lambda x: 3000 + 5 * x, optax.adam(optax.linear_schedule(0.0, 0.1, 50))),
+        (lambda x: 1e3 * x, optax.sgd(1e-9)),
+    ],
+    ids=["far away", "one wild row", "warm-up from 0", "tiny steps"],
+)
+@pytest.mark.parametrize("loss", rl.LOSSES.values(), ids=rl.LOSSES)
+def test_never_converged_before_the_gradient_is_small(loss, target, optimizer):
+    x = jnp.arange(12.0) / 6 - 1
+    X, y = jnp.stack([jnp.ones(12), x], axis=1), target(x)
+    found = rl.fit(loss, plane, jnp.zeros(2), X, y, optimizer=optimizer, steps=300)
+
+    def steepest(params):
+        return np.abs(jax.grad(lambda p: rl.mean(loss, X @ p, y))(params)).max()
+
+    if found.converged:
+        assert steepest(found.params) <= 2e-4 * steepest(jnp.zeros(2))
+    else:
+        assert found.steps == 300 or not np.isfinite(found.value)
+
+
+def test_a_start_at_the_optimum_converges():
+    X, y = line()
+    best = rl.fit(rl.huber, plane, jnp.zeros(2), X, y, optimizer=LBFGS, steps=300)
+    again = rl.fit(rl.huber, plane, best.params, X, y, optimizer=LBFGS, steps=300)
+    assert best.converged
+    assert again.converged
+    assert again.steps <= 3
+
+
+def test_nothing_finite_is_never_converged():
+    y = jnp.array([jnp.inf, -jnp.inf])
+    for loss in rl.LOSSES.values():
+        found = rl.fit(loss, lambda p, x: p * x, 0.0, y * 0 + 1, y, optimizer=LBFGS, steps=9)
+        assert not found.converged
+    X = jnp.full((2, 1), jnp.nan)
+    none = jnp.zeros(2, bool)
+    found = rl.fit(rl.huber, plane, jnp.ones(1), X, y, where=none, optimizer=LBFGS, steps=9)
+    np.testing.assert_array_equal(found.params, [1.0])
+    assert found.value == 0
+
+
+def test_mini_batches_minimise_the_weighted_mean_of_all_rows():
+    y, w = jnp.tile(jnp.array([0.0, 10.0]), 20), jnp.tile(jnp.array([1.0, 99.0]), 20)
+    sgd = optax.sgd(optax.cosine_decay_schedule(0.02, 20000))
+
+    def fit(**batches):
+        return rl.fit(
+            rl.squared_error, lambda p, x: p + 0 * x, 0.0, y, y,
+            weights=w, optimizer=sgd, steps=20000, tolerance=0.0, **batches,
+        )  # fmt: skip
+
+    np.testing.assert_allclose(fit().params, 9.9, rtol=1e-4)
+    for size in (1, 2, 7):
+        np.testing.assert_allclose(fit(batch_size=size, key=KEY).params, 9.9, rtol=5e-3)
+
+
+def test_partial_models_keep_their_settings():
+    X, y = line()
+
+    def model(params, X, *, power, shift):
+        return X @ params + shift if power == 1.0 else (X @ params) ** power
+
+    settings = partial(model, power=1.0, shift=np.zeros(40, np.float32))
+    found = rl.fit(rl.huber, settings, jnp.zeros(2), X, y, optimizer=LBFGS, steps=300)
+    plain = rl.fit(rl.huber, plane, jnp.zeros(2), X, y, optimizer=LBFGS, steps=300)
+    np.testing.assert_allclose(found.params, plain.params, atol=1e-4)
+
+
+def test_float32_parameters_take_float64_targets():
+    with jax.enable_x64(True):
+        X, y = (np.asarray(a, np.float64) for a in line())
+        start = jnp.zeros(2, jnp.float32)
+        found = rl.fit(rl.huber, plane, start, X, y, optimizer=LBFGS, steps=300)
+        assert found.params.dtype == jnp.float32
+        assert found.converged
 
 
 def test_where_drops_rows_that_hold_anything():
@@ -301,9 +384,22 @@ def test_an_epoch_sees_every_row_once():
         ({"steps": 0}, ValueError, "steps must be >= 1, got 0"),
         ({"tolerance": -1.0}, ValueError, "tolerance must be >= 0, got -1.0"),
         ({"tolerance": float("nan")}, ValueError, "tolerance"),
-        ({"batch_size": 0, "key": 0}, ValueError, r"batch_size must be in \[1, 40\], got 0"),
-        ({"batch_size": 41, "key": 0}, ValueError, "got 41"),
+        (
+            {"batch_size": 0, "key": jax.random.key(0)},
+            ValueError,
+            r"batch_size must be in \[1, 40\], got 0",
+        ),
+        ({"batch_size": 41, "key": jax.random.key(0)}, ValueError, "got 41"),
         ({"batch_size": 4}, ValueError, "key"),
+        ({"batch_size": 4, "key": 7}, TypeError, r"jax.random.key\(7\)"),
+        ({"steps": 10.5}, TypeError, "steps must be an integer, got 10.5"),
+        ({"params": ()}, ValueError, "params must hold at least one number"),
+        (
+            {"loss": partial(rl.huber, delta=np.ones(40)), "batch_size": 4, "key": KEY},
+            ValueError,
+            "cannot differ by row",
+        ),
+        ({"loss": "huber"}, TypeError, "loss must be a function such as rl.huber, got str"),
         ({"params": jnp.zeros(2, int)}, TypeError, "params must be floating arrays, got dtype int"),
         ({"targets": jnp.zeros((40, 1))}, ValueError, r"\(40,\) and \(40, 1\)"),
         ({"inputs": jnp.zeros((39, 2))}, ValueError, r"39, 2\) for 40 targets"),

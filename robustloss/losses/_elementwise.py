@@ -29,7 +29,7 @@ def elementwise(
     """`kernel(predictions - targets, *parameters)`, in the dtype that JAX promotes to."""
     r, dtype = residual(predictions, targets)
     for parameter in parameters:
-        if parameter.ndim and np.broadcast_shapes(parameter.shape, r.shape) != r.shape:
+        if not _broadcasts(parameter.shape, r.shape):
             raise ValueError(
                 f"a parameter must broadcast to the residual's shape {r.shape}, "
                 f"got shape {parameter.shape}"
@@ -63,11 +63,23 @@ def real_array(name: str, x: ArrayLike) -> Array:
     dtype = getattr(x, "dtype", None)
     if dtype is None:
         dtype = np.asarray(x).dtype
+    given = f"dtype {dtype}" if dtype != np.dtype(object) else type(x).__name__
     kinds = (np.floating, np.signedinteger, np.unsignedinteger, np.bool_)
     real = any(jnp.issubdtype(dtype, kind) for kind in kinds)
     if not real or jnp.issubdtype(dtype, np.timedelta64):  # a signed integer to NumPy
-        raise TypeError(f"{name} must be real numbers, got dtype {dtype}")
+        raise TypeError(f"{name} must be real numbers, got {given}")
+    if not isinstance(x, jax.Array) and jnp.issubdtype(dtype, np.integer):
+        # An integer that JAX's own cannot hold would wrap round.
+        host, held = np.asarray(x), jnp.iinfo(jnp.result_type(int))
+        if host.size and not (held.min <= host.min() and host.max() <= held.max):
+            return jnp.asarray(host.astype(float))
     return jnp.asarray(x)
+
+
+def check_loss(loss: Any) -> None:
+    """Refuses what is no function, such as a loss's name or its result."""
+    if not callable(loss):
+        raise TypeError(f"loss must be a function such as rl.huber, got {type(loss).__name__}")
 
 
 def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
@@ -101,6 +113,12 @@ def readable(x: ArrayLike) -> np.ndarray | None:
     if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
         return None
     return np.asarray(x)
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    if len(shape) > len(to):
+        return False
+    return all(n in (1, m) for n, m in zip(reversed(shape), reversed(to), strict=False))
 
 
 def with_partials(*partials: Kernel) -> Callable[[Kernel], Kernel]:

@@ -191,7 +191,7 @@ def log_cosh(
 def _log_cosh(r: Array, delta: Array) -> Array:
     # log cosh(c + w) = log cosh c + w + log(1 + k (exp(-2 w) - 1)): the series up to the
     # joint c, plus what lies beyond it, which is exactly 0 before it.
-    a, fourth = jnp.abs(r), 0.25 * _finite(delta)
+    a, fourth = jnp.abs(r), 0.25 * _finite(delta, 32)
     near = jnp.minimum(a, 4 * _JOINT * fourth)
     w = a - near
     z = (0.25 * (near / fourth)) ** 2
@@ -355,7 +355,7 @@ def pseudo_huber(
 
 @with_partials(lambda r, d: _soft_clipped(r, d), lambda r, d: _pseudo_huber_delta(r, d))
 def _pseudo_huber(r: Array, delta: Array) -> Array:
-    a, half = jnp.abs(r), 0.5 * _finite(delta)
+    a, half = jnp.abs(r), 0.5 * _finite(delta, 32)
     big, small = jnp.maximum(0.5 * a, half), jnp.minimum(0.5 * a, half)
     # small a / (delta / big + sqrt(1 + t**2)), where the root is 1 + t**2 / (1 + root) and its
     # 1 is added last: one rounding instead of three.
@@ -446,6 +446,6 @@ def _flat(r: Array) -> Array:
     return jnp.where(jnp.isnan(r), r, 0.0)
 
 
-def _finite(x: Array) -> Array:
-    """inf as the largest finite number, so that inf - inf and 0 * inf do not arise."""
-    return jnp.minimum(x, jnp.finfo(x.dtype).max)
+def _finite(x: Array, room: float = 1.0) -> Array:
+    """inf as the largest number (over `room`), so that inf - inf and 0 * inf do not arise."""
+    return jnp.minimum(x, float(jnp.finfo(x.dtype).max) / room)
