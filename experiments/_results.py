@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -20,14 +21,17 @@ import optax
 import robustloss
 from experiments import UsageError
 
-MARK = "result.json"  # a folder that holds this is ours to replace
+MARK = "result.json"  # names the files written beside it: just these are ours to replace
+WRITTEN = "files_of_this_result"
 
 
 def check_writable(folder: Path) -> None:
     """Tells before the work whether `write` will be able to put results there."""
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"the output folder {folder} is a file; name a folder.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).exists():
+    if folder.is_symlink():
+        raise UsageError(f"the output folder {folder} is a link; name the folder itself.")
+    if folder.is_dir() and {path.name for path in folder.iterdir()} - _ours(folder):
         raise UsageError(
             f"the output folder {folder} holds other files; name a new or an empty folder."
         )
@@ -47,13 +51,17 @@ def write(folder: Path, files: Mapping[str, bytes]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        for name, content in files.items():
+        for name, content in {**files, MARK: _listing(files)}.items():
             (staged / name).write_bytes(content)
         staged.chmod(0o755)
         if folder.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
             folder.rename(old / "old")
-            staged.rename(folder)
+            try:
+                staged.rename(folder)
+            except BaseException:
+                (old / "old").rename(folder)
+                raise
             shutil.rmtree(old)
         else:
             staged.rename(folder)
@@ -63,12 +71,25 @@ def write(folder: Path, files: Mapping[str, bytes]) -> None:
 
 def record(config: Any, **result: Any) -> bytes:
     """`result.json`: the result with its settings, versions and device."""
-    content = {
-        "settings": asdict(config),
-        "environment": environment(),
-        **result,
-    }
-    return (json.dumps(content, indent=2, default=_plain) + "\n").encode()
+    content = {"settings": asdict(config), "environment": environment(), **result}
+    return _json(content)
+
+
+def _listing(files: Mapping[str, bytes]) -> bytes:
+    """`result.json` with the names of the files that belong to it."""
+    return _json({**json.loads(files.get(MARK, b"{}")), WRITTEN: sorted({*files, MARK})})
+
+
+def _ours(folder: Path) -> set[str]:
+    """The files of earlier results in this folder."""
+    try:
+        return set(json.loads((folder / MARK).read_text())[WRITTEN])
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
+def _json(content: Any) -> bytes:
+    return (json.dumps(_plain(content), indent=2, allow_nan=False) + "\n").encode()
 
 
 def environment() -> dict[str, str]:
@@ -90,6 +111,13 @@ def picture(figure: Any) -> bytes:
 
 
 def _plain(x: Any) -> Any:
-    if isinstance(x, Path):
+    """As JSON has it: no arrays, and NaN and infinity as words."""
+    if isinstance(x, dict):
+        return {str(key): _plain(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_plain(value) for value in x]
+    if isinstance(x, (np.ndarray, np.generic, jax.Array)):
+        return _plain(np.asarray(x).tolist())
+    if isinstance(x, float) and not math.isfinite(x):
         return str(x)
-    return np.asarray(x).tolist()
+    return str(x) if isinstance(x, Path) else x

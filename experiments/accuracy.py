@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 import robustloss as rl
-from experiments import _results
+from experiments import UsageError, _results
 
 VIEWS = ("value", "slope", "curvature")
 LIMITS = {  # what this library promises, in ulp of float32
@@ -78,12 +78,14 @@ class Result(NamedTuple):
 
 def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
     """Measures every loss."""
+    if not 0 < config.delta < np.inf:
+        raise UsageError(f"--delta must be a positive number, got {config.delta}.")
     stride = 1 if config.exhaustive else 1021
     numbers = -(-(2**32) // stride)
     cases = {name: (name, loss) for name, loss in rl.LOSSES.items()}
     cases |= OTHERS if config.others else {}
     chunks = -(-numbers // CHUNK)
-    kept = folder(config).parent / f".{folder(config).name}-unfinished.json"
+    kept = _unfinished(config)
     done = _continued(kept, config)
     with jax.enable_x64(True):
         for i, (case, (name, loss)) in enumerate(cases.items()):
@@ -103,7 +105,6 @@ def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
             }
             for dtype in (jnp.float16, jnp.bfloat16)
         }
-    kept.unlink(missing_ok=True)
     single = {case: dict(zip(VIEWS, done[case]["worst"], strict=True)) for case in cases}
     return Result(numbers, single, half)
 
@@ -134,7 +135,8 @@ def show(result: Result, console: Console) -> None:
 
 
 def files(config: Config, result: Result) -> dict[str, bytes]:
-    """What goes into the output folder."""
+    """What goes into the output folder; with that, nothing is unfinished."""
+    _unfinished(config).unlink(missing_ok=True)
     return {
         "result.json": _results.record(
             config,
@@ -255,13 +257,20 @@ def _continued(kept: Path, config: Config) -> dict[str, Any]:
     """What an interrupted run of the same settings had measured."""
     if not (config.exhaustive and kept.exists()):
         return {}
-    state = json.loads(kept.read_text())
+    try:
+        state = json.loads(kept.read_text())
+    except ValueError:
+        return {}
     if state["key"] != _key(config):
         return {}
     return {
         case: {"chunks": of["chunks"], "worst": [Worst(*w) for w in of["worst"]]}
         for case, of in state["done"].items()
     }
+
+
+def _unfinished(config: Config) -> Path:
+    return folder(config).parent / f".{folder(config).name}-unfinished.json"
 
 
 def _keep(kept: Path, config: Config, done: dict[str, Any]) -> None:

@@ -28,6 +28,7 @@ import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
 import robustloss as rl
@@ -55,8 +56,8 @@ Progress = Callable[[float, str], None]  # the share that is done, and what is d
 class Config:
     """Settings of `compare`."""
 
-    data: str = "phones"
-    """A built-in data set; see experiments/data/SOURCES.md for what each is."""
+    data: str | None = None
+    """A built-in data set, phones by default; experiments/data/SOURCES.md says what each is."""
     csv: Path | None = None
     """A CSV file of your own, with a header; needs --target."""
     target: str | None = None
@@ -100,6 +101,8 @@ class Result(NamedTuple):
 
 def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
     """Fits every loss of the config to its data."""
+    if not config.losses:
+        raise UsageError(f"--losses needs at least one of {', '.join(rl.LOSSES)}.")
     names = tuple(dict.fromkeys(_known(name) for name in config.losses))
     data = _data(config)
     if config.steps < 1:
@@ -111,6 +114,7 @@ def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
 
 
 def _run(config: Config, data: Data, names: tuple[str, ...], progress: Progress) -> Result:
+    _independent(data)
     center, spread = data.X.mean(0), data.X.std(0, ddof=1)
     target_center, target_spread = data.y.mean(), data.y.std(ddof=1)
     X = np.column_stack([np.ones(len(data.y)), (data.X - center) / spread])
@@ -169,7 +173,9 @@ def _run(config: Config, data: Data, names: tuple[str, ...], progress: Progress)
 
 
 def check(result: Result) -> None:
-    """No loss is smaller at another loss's fit than at its own, to what each fit promises."""
+    """All have converged, and none is smaller at another loss's fit than at its own."""
+    for name, converged, kinked in zip(result.losses, result.converged, result.kinked, strict=True):
+        assert kinked or converged, f"{name} did not converge; raise --steps"
     for i, name in enumerate(result.losses):
         loss = _loss(name, result.deltas[i])
         with jax.enable_x64(True):
@@ -177,8 +183,7 @@ def check(result: Result) -> None:
             constant = float(rl.mean(loss, result.data.y - np.median(result.data.y)))
         slack, exact = (1e-3, 1e-5) if result.kinked[i] else (1e-9, 1e-12)
         limit = best * (1 + slack) + constant * exact  # the latter where the fit is perfect
-        assert result.objectives[i] <= limit, f"{name} is smaller at another fit"
-        assert result.kinked[i] or result.converged[i], f"{name} did not converge"
+        assert result.objectives[i] <= limit, f"{name} is smaller at another fit; raise --steps"
 
 
 def findings(result: Result) -> list[str]:
@@ -190,17 +195,20 @@ def findings(result: Result) -> list[str]:
         said += _mse_against(result, robust, low[robust])
     if robust and len(low[robust]):
         weights = result.weights[result.losses.index(robust)]
-        least, most = weights.min(), weights[weights < LOW].max()
-        share = f"{least:.2g}" if least == most else f"{least:.2g} to {most:.2g}"
+        ends = [f"{w:.2g}" for w in (weights.min(), weights[weights < LOW].max())]
         said.append(
-            f"{title(robust)} gives {_rows(low[robust])} {share} of a typical row's weight; "
-            "in MSE every row counts in full, and the largest residual pulls most."
+            f"In {title(robust)}'s fit the weight of {_rows(low[robust])} is "
+            f"{' to '.join(dict.fromkeys(ends))} of a typical row's; in MSE's every row counts in "
+            "full, and the largest residual pulls most."
         )
-    unseen = np.setdiff1d(_far_rows(result.data), low[robust] if robust else [])
-    if len(unseen):
+    unseen = _far_rows(result.data)
+    if robust:
+        near = np.abs(result.residuals[result.losses.index(robust)]) < 3 * result.scale
+        unseen = np.intersect1d(unseen, result.data.rows[near])
+    if robust and len(unseen):
         said.append(
-            f"Far out in the features, yet near the fits: {_rows(unseen)}. No convex loss can "
-            "tell a bad leverage point from a good one, and all of them give way to it: look at "
+            f"Far out in the features, yet near {title(robust)}'s fit: {_rows(unseen)}. No convex "
+            "loss can tell a bad leverage point from a good one, and all of them give way to it: look at "
             f"{'it' if len(unseen) == 1 else 'them'} before you trust a number here."
         )
     for name, converged, kinked, steps in zip(
@@ -213,8 +221,9 @@ def findings(result: Result) -> list[str]:
             )
         elif kinked:
             said.append(
-                f"{title(name)} is never reported as converged: its gradient jumps at the "
-                f"minimum instead of getting small, so the fit takes all its {steps} steps."
+                f"{title(name)} is not reported as converged: its gradient jumps at the minimum "
+                f"instead of getting small, so the fit took all its {steps} steps and is good to "
+                "about four digits."
             )
         elif not converged:
             said.append(f"{title(name)} did NOT converge in {steps} steps: raise --steps.")
@@ -232,15 +241,21 @@ def show(result: Result, console: Console) -> None:
         markup=False,
     )
 
-    table = Table("", *[title(name) for name in result.losses], title="Coefficients")
+    table = Table(title="Coefficients")
+    for head in ("", *map(title, result.losses)):
+        table.add_column(head, overflow="fold")
+    rough = result.kinked & ~result.converged
     for term, values in zip(("intercept", *data.features), result.coefficients.T, strict=True):
-        table.add_row(term, *[f"{v:.6g}" for v in values])
+        digits = [f"{v:.4g}" if r else f"{v:.6g}" for v, r in zip(values, rough, strict=True)]
+        table.add_row(escape(term), *digits)
     console.print(table)
 
     table = Table(
         Column("loss", no_wrap=True),
         *("delta", "robust scale", "objective", "steps", "converged", "seconds"),
-        title="Fits (seconds: of the first fit, compilation included)",
+        title="Fits",
+        caption="robust scale: MAD / 0.6745 of the fit's residuals; objective: the mean loss;\n"
+        "seconds: of the first fit, compilation included",
     )
     for i, name in enumerate(result.losses):
         table.add_row(
@@ -256,7 +271,7 @@ def show(result: Result, console: Console) -> None:
 
     table = Table(
         Column("loss", no_wrap=True),
-        f"rows that count less than {LOW:.0%} of a typical row: weight",
+        f"rows with less than {LOW:.0%} of a typical row's weight: weight",
     )
     for (name, rows), weights in zip(_low(result).items(), result.weights, strict=True):
         by_row = dict(zip(data.rows, weights, strict=True))
@@ -317,7 +332,7 @@ def plot(result: Result) -> dict[str, Figure]:
 
 def folder(config: Config) -> Path:
     """Where the results go."""
-    name = config.csv.stem if config.csv else config.data
+    name = config.csv.stem if config.csv else config.data or "phones"
     return config.out or Path("results") / f"compare-{name}"
 
 
@@ -360,7 +375,9 @@ def _data(config: Config) -> Data:
         for option, value in (("--target", config.target), ("--features", config.features)):
             if value:
                 raise UsageError(f"{option} describes a --csv file, but none was given.")
-        return load(config.data)
+        return load(config.data or "phones")
+    if config.data is not None:
+        raise UsageError("--data and --csv exclude each other; give one of them.")
     if config.target is None:
         raise UsageError("--csv needs --target, the name of the column to predict.")
     return read_csv(
@@ -415,29 +432,57 @@ def _low(result: Result) -> dict[str, np.ndarray]:
 def _mse_against(result: Result, robust: str, low: np.ndarray) -> list[str]:
     """The slope that differs most between MSE and a robust loss, over a row's usual range."""
     data = result.data
-    mse, other = (
-        result.coefficients[result.losses.index(n), 1:] for n in ("squared_error", robust)
-    )
-    spread = data.X.std(0, ddof=1)
-    j = int(np.argmax(np.abs(mse - other) * spread))
+    j, mse, other = _largest_gap(result, robust)
     slope = f"slope of {data.features[j]}" if len(data.features) > 1 else "slope"
     against = f"({mse[j]:.4g} against {other[j]:.4g})"
-    if abs(mse[j] - other[j]) * spread[j] < 0.25 * result.scale:
-        return [f"MSE and {title(robust)} nearly agree: {slope} {against}."]
-    if mse[j] * other[j] > 0:
-        more = f"{mse[j] / other[j]:.2g} times {title(robust)}'s"
-    else:
-        more = f"of the other sign than {title(robust)}'s"
-    said = f"MSE's {slope} is {more} {against}"
+    times = _times(result, robust)
+    if times is None:
+        return [
+            f"MSE and {title(robust)} nearly agree: the largest gap is in the {slope} {against}, "
+            "within a quarter of the scale over that feature's spread."
+        ]
+    said = f"MSE's {slope} is {times} {title(robust)}'s {against}"
     keep = ~np.isin(data.rows, low)
-    X = np.column_stack([np.ones(keep.sum()), data.X[keep]])
-    if len(low) > 0 and X.shape[0] > X.shape[1]:
-        without = np.linalg.lstsq(X, data.y[keep])[0][1 + j]
+    if len(low) > 0 and keep.sum() > data.X.shape[1] + 1:
+        X = (data.X[keep] - data.X.mean(0)) / data.X.std(0)
+        y = (data.y[keep] - data.y.mean()) / data.y.std()
+        fitted = np.linalg.lstsq(np.column_stack([np.ones(len(y)), X]), y)[0]
+        without = fitted[1 + j] * data.y.std() / data.X[:, j].std()
         if abs(without - other[j]) < 0.5 * abs(mse[j] - other[j]):
             verb = "is" if len(low) == 1 else "are"
             return [f"{said}; {_rows(low)} {verb} why: without, MSE gives {without:.4g}."]
         return [f"{said}; leaving out {_rows(low)}, MSE gives {without:.4g}."]
     return [f"{said}; no single row is why."]
+
+
+def _largest_gap(result: Result, robust: str) -> tuple[int, np.ndarray, np.ndarray]:
+    """The feature over whose spread MSE and a robust loss differ most, and their slopes."""
+    mse, other = (
+        result.coefficients[result.losses.index(n), 1:] for n in ("squared_error", robust)
+    )
+    return int(np.argmax(np.abs(mse - other) * result.data.X.std(0))), mse, other
+
+
+def _times(result: Result, robust: str) -> str | None:
+    """`2.5 times`, of that feature's slopes, or None where they nearly agree."""
+    j, mse, other = _largest_gap(result, robust)
+    if abs(mse[j] - other[j]) * result.data.X[:, j].std() < 0.25 * result.scale:
+        return None
+    if mse[j] * other[j] <= 0:
+        return "of the other sign than"
+    return f"{mse[j] / other[j]:.2g} times"
+
+
+def _independent(data: Data) -> None:
+    """Refuses a feature that is a combination of those before it: its slope would be anything."""
+    X = (data.X - data.X.mean(0)) / data.X.std(0)
+    for j in range(1, X.shape[1]):
+        left = X[:, j] - X[:, :j] @ np.linalg.lstsq(X[:, :j], X[:, j])[0]
+        if np.linalg.norm(left) < 1e-7 * np.linalg.norm(X[:, j]):
+            raise UsageError(
+                f"column {data.features[j]!r} is a linear combination of the features before it; "
+                "leave it out with --features."
+            )
 
 
 def _far_rows(data: Data) -> np.ndarray:
@@ -474,11 +519,12 @@ def _lines(result: Result) -> Figure:
     figure = Figure(figsize=(8, 5))
     axes = figure.subplots()
     x = data.X[:, 0]
-    odd = _doubted(result)
+    of, odd = _doubted(result)
     axes.plot(x[~odd], data.y[~odd], "o", color="0.35", ms=5, label="rows")
     if odd.any():
-        axes.plot(x[odd], data.y[odd], "o", mfc="white", mec="0.1", ms=7, label="low weight")
-        _name_rows(axes, x, data.y, data.rows, odd)
+        label = f"low weight in {title(of)}"
+        axes.plot(x[odd], data.y[odd], "o", mfc="white", mec="0.1", ms=7, label=label)
+        _name_rows(axes, x[odd], data.y[odd], data.rows[odd])
     ends = np.array([x.min(), x.max()])
     for name, (intercept, slope) in zip(result.losses, result.coefficients, strict=True):
         style = _plotting.line(name)
@@ -572,29 +618,29 @@ def _losses(result: Result) -> Figure:
     return figure
 
 
-def _doubted(result: Result) -> np.ndarray:
-    """Rows with a low weight under a loss that bounds its influence smoothly, else none."""
-    names = [n for n in result.losses if n not in ("squared_error", "absolute_error")]
-    if not names:
-        return np.zeros(len(result.data.y), bool)
-    return result.weights[result.losses.index(names[0])] < LOW
+def _doubted(result: Result) -> tuple[str, np.ndarray]:
+    """A loss that bounds its influence smoothly, and the rows that have a low weight in it."""
+    for name, weights in zip(result.losses, result.weights, strict=True):
+        if name not in ("squared_error", "absolute_error"):
+            return name, weights < LOW
+    return "", np.zeros(len(result.data.y), bool)
 
 
-def _name_rows(axes: Axes, x: np.ndarray, y: np.ndarray, rows: np.ndarray, odd: np.ndarray) -> None:
-    if odd.sum() <= 12:
-        for row in np.flatnonzero(odd):
-            axes.annotate(
-                str(rows[row]), (x[row], y[row]), (-7, 4), textcoords="offset points",
-                fontsize=9, ha="right",
-            )  # fmt: skip
+def _name_rows(axes: Axes, x: np.ndarray, y: np.ndarray, rows: np.ndarray) -> None:
+    """Numbers beside points, but for those that would sit on another number."""
+    named: list[np.ndarray] = []
+    for row, at in zip(rows, np.column_stack([x, y]), strict=True):
+        place = axes.transAxes.inverted().transform(axes.transData.transform(at))
+        if all(np.any(np.abs(place - other) > (0.03, 0.05)) for other in named):
+            axes.annotate(str(row), at, (-7, 4), textcoords="offset points", fontsize=9, ha="right")
+            named.append(place)
 
 
 def _headline(result: Result) -> str:
-    slopes = dict(zip(result.losses, result.coefficients[:, 1], strict=True))
     name = result.data.name
-    if {"squared_error", "huber"} <= set(slopes) and slopes["huber"] * slopes["squared_error"] > 0:
-        ratio = slopes["squared_error"] / slopes["huber"]
-        if not 0.9 < ratio < 1.1:
-            return f"{name}: MSE's slope is {ratio:.2g} times Huber's"
+    if not {"squared_error", "huber"} <= set(result.losses):
+        return f"{name}: {result.data.target} by {result.data.features[0]}"
+    times = _times(result, "huber")
+    if times is None:
         return f"{name}: MSE and Huber draw nearly the same line"
-    return f"{name}: {result.data.target} by {result.data.features[0]}"
+    return f"{name}: MSE's slope is {times} Huber's"

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 import robustloss as rl
-from experiments import _plotting, _results
+from experiments import UsageError, _plotting, _results
 
 POINTS = {"0": 0.0, "-0": -0.0, "NaN": np.nan, "inf": np.inf, "-inf": -np.inf}
 OURS = "rl.absolute_error"
@@ -57,6 +57,10 @@ class Result(NamedTuple):
 
 def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
     """Measures all three."""
+    if config.steps < 1:
+        raise UsageError(f"--steps must be >= 1, got {config.steps}.")
+    if not 0 < config.learning_rate < np.inf:
+        raise UsageError(f"--learning-rate must be a positive number, got {config.learning_rate}.")
     progress(0.0, "slopes at the kink")
     frameworks = {"jnp.abs": jnp.abs, OURS: rl.absolute_error}
     slopes = {name: _slopes(f) for name, f in frameworks.items()} | _torch() | _keras()

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 import robustloss as rl
-from experiments import _results
+from experiments import UsageError, _results
 
 PEERS = {
     "squared_error": optax.squared_error,
@@ -67,6 +67,8 @@ class Result(NamedTuple):
 
 def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
     """Times everything in turn."""
+    if config.size < 1 or config.repeats < 1:
+        raise UsageError("--size and --repeats must be >= 1.")
     progress(0.0, "import")
     imports = _import_seconds()
     r = 3 * jax.random.normal(jax.random.key(config.seed), (config.size,), jnp.float32)

@@ -88,7 +88,7 @@ def test_shapes_are_equal_or_named(name, p, t):
         (np.array(["1.0"]), "<U3"),
         ("1.0", "<U3"),
         (np.array([1.0, None]), "object"),
-        (None, "object"),
+        (None, "NoneType"),
         (np.array(["2020-01-01"], "datetime64[D]"), "datetime64"),
         (np.array([1], "timedelta64[s]"), "timedelta64[s]"),
         (b"1", "|S1"),
@@ -273,3 +273,37 @@ def test_shapes_are_kept(name):
     for shape in [(), (0,), (3,), (2, 3, 4), (1, 1)]:
         for given in [(jnp.ones(shape),), (jnp.ones(shape), jnp.zeros(shape))]:
             chex.assert_shape([rl.LOSSES[name](*given), jax.jit(rl.LOSSES[name])(*given)], shape)
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_integers_too_large_for_jax_do_not_wrap(x64):
+    with jax.enable_x64(x64):
+        assert rl.mae(np.array([3_000_000_000]), np.array([0])) == 3e9
+        assert rl.absolute_error(2**40, 0) == 2.0**40
+        assert rl.absolute_error([2**40, 1], [0, 0])[1] == 1
+
+
+@pytest.mark.parametrize("shape", [(12,), (1, 5), (5, 1)])
+def test_a_delta_that_does_not_fit_names_both_shapes(shape):
+    words = rf"residual's shape \(5,\), got shape {re.escape(str(shape))}"
+    with pytest.raises(ValueError, match=words):
+        rl.huber(np.ones(5), delta=np.ones(shape))
+
+
+@pytest.mark.parametrize("wrong", ["huber", jnp.ones(3)], ids=["name", "result"])
+def test_what_is_no_loss_is_refused(wrong):
+    r = jnp.ones(3)
+    for use in (rl.mean, rl.total, rl.influence, rl.weight, rl.curvature):
+        with pytest.raises(TypeError, match="loss must be a function such as rl.huber, got"):
+            use(wrong, r)
+
+
+@pytest.mark.parametrize("delta", [1e37, 1e38, 3e38, np.inf])
+@pytest.mark.parametrize("name", SCALED)
+def test_a_huge_delta_gives_half_the_square(name, delta):
+    loss = partial(rl.LOSSES[name], delta=delta)
+    views = loss(2.0), jax.grad(loss)(2.0), rl.curvature(loss, 2.0)
+    assert [float(v) for v in views] == [2, 2, 1]
+    traced = jax.jit(jax.value_and_grad(lambda r, d: rl.LOSSES[name](r, delta=d)))
+    assert [float(v) for v in traced(2.0, delta)] == [2, 2]
+    assert abs(jax.grad(lambda d: rl.LOSSES[name](2.0, delta=d))(delta)) < 1e-30

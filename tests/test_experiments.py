@@ -104,26 +104,29 @@ def test_compare_writes_the_whole_folder_and_replaces_only_its_own(tmp_path, cap
     assert main(["compare", "--losses", "mae", "--no-plots", "--out", str(out)]) == 0
     assert {path.name for path in out.iterdir()} == {"result.json", "coefficients.csv"}
     assert [path.name for path in out.parent.iterdir()] == ["results"]
-    (out / "result.json").unlink()
+    (out / "thesis.tex").write_text("mine")
     capsys.readouterr()
     assert "holds other files" in refused(capsys, "compare", "--out", str(out))
-    assert (out / "coefficients.csv").exists()
+    assert (out / "thesis.tex").read_text() == "mine"
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "result.json").write_text("{}")
+    assert "holds other files" in refused(capsys, "compare", "--out", str(foreign))
+    assert (foreign / "result.json").read_text() == "{}"
 
 
 def test_a_failed_write_leaves_the_old_results(tmp_path, monkeypatch):
-    _results.write(tmp_path / "r", {"result.json": b"old", "a.png": b"old"})
+    _results.write(tmp_path / "r", {"result.json": b"{}", "a.png": b"old"})
+    before = {p.name: p.read_bytes() for p in (tmp_path / "r").iterdir()}
 
     def full(self, content):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space"):
-        _results.write(tmp_path / "r", {"result.json": b"new"})
+        _results.write(tmp_path / "r", {"result.json": b"{}"})
     monkeypatch.undo()
-    assert {p.name: p.read_bytes() for p in (tmp_path / "r").iterdir()} == {
-        "result.json": b"old",
-        "a.png": b"old",
-    }
+    assert {p.name: p.read_bytes() for p in (tmp_path / "r").iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["r"]
 
 
@@ -156,12 +159,46 @@ def test_own_csv_with_bom_quotes_and_blanks(csv, tmp_path, capsys):
         np.testing.assert_allclose([float(v) for v in row.split(",")[1:]], [1, 3], atol=1e-4)
 
 
+def test_far_away_columns_and_names_with_brackets(csv, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    t, y = 1.7e9 + np.arange(30.0), 3 * np.arange(30.0) + rng.normal(size=30)
+    y[25:28] += 200
+    rows = (f"{a:.0f},{b:.6f}" for a, b in zip(t, y, strict=True))
+    path, out = csv("time [s],y [/b]", *rows), tmp_path / "r"
+    options = ["compare", "--csv", path, "--target", "y [/b]", "--out", str(out), "--no-plots"]
+    assert main(options) == 0
+    said = capsys.readouterr().out
+    assert "time [s]" in said
+    assert "y [/b]" in said
+    without = [s for s in json.loads((out / "result.json").read_text())["findings"] if "MSE g" in s]
+    keep = np.r_[0:25, 28:30]
+    slope = np.polyfit(t[keep] - t.mean(), y[keep], 1)[0]
+    assert float(without[0].rsplit(" ", 1)[1].rstrip(".")) == pytest.approx(slope, rel=1e-3)
+
+
+def test_too_few_steps_say_so(tmp_path, capsys):
+    assert main(["compare", "--steps", "2", "--no-plots", "--out", str(tmp_path / "r")]) == 1
+    assert "did not converge; raise --steps" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["accuracy", "--delta", "0"], ["kink", "--steps", "0"], ["speed", "--repeats", "0"]],
+    ids=str,
+)
+def test_other_experiments_refuse_bad_settings(options, tmp_path, capsys):
+    assert "must be" in refused(capsys, *options, "--out", str(tmp_path / "r"))
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--data", "phone"], "'phones'"),
         (["--losses", "hubre"], "did you mean 'huber'?"),
         (["--losses", "xyz"], "there are"),
+        (["--losses"], "--losses needs at least one"),
+        (["--data", "phones", "--csv", "x.csv", "--target", "y"], "exclude each other"),
         (["--steps", "0"], "--steps must be >= 1, got 0"),
         (["--scale", "-1"], "--scale must be a positive number, got -1"),
         (["--scale", "nan"], "--scale must be a positive number, got nan"),
@@ -187,6 +224,7 @@ def test_bad_options_are_one_sentence(options, words, tmp_path, capsys):
         (["x,y", "1,2", "1,3", "1,4"], "constant"),
         (["x,y", "1,2", "2,2", "3,2"], "constant"),
         (["a,b,c,y", "1,2,3,4", "2,3,5,5", "7,1,1,1"], "rows"),
+        (["a,b,y", "1,3,4", "2,5,5", "7,15,1", "8,17,3"], "'b' is a linear combination"),
     ],
 )
 def test_bad_files_are_one_sentence(lines, words, csv, tmp_path, capsys):
@@ -222,4 +260,9 @@ def test_accuracy_continues_where_it_was_stopped(tmp_path, monkeypatch):
     accuracy._keep(kept, config, {"absolute_error": state})
     result = accuracy.run(config)
     assert result.single["absolute_error"]["value"].ulp == 0.25
+    assert kept.exists()  # until the results are written
+    files = accuracy.files(config, result)
     assert not kept.exists()
+    assert json.loads(files["result.json"])["float32"]["absolute_error"]["value"]["ulp"] == 0.25
+    kept.write_text("torn")
+    assert accuracy._continued(kept, config) == {}

@@ -215,3 +215,8 @@ def test_strict_promotion(name):
             p, w = jnp.asarray(P, dtype), jnp.asarray(WEIGHTS, dtype)
             chex.assert_type([f(p), f(p, p, where=KEEP), f(p, weights=w, where=KEEP)], dtype)
             jax.grad(f)(p, p, where=KEEP, weights=w)
+
+
+def test_a_loss_of_the_users_own_in_16_bits_is_summed_in_float32():
+    r = jnp.ones(100_000, jnp.float32)
+    assert rl.mean(lambda r: (2 * r).astype(jnp.float16), r) == 2

@@ -28,7 +28,7 @@ _BUILT_IN: dict[str, tuple[str, tuple[str, ...], str]] = {
     "phones": (
         "calls",
         ("year",),
-        "Rows 15 to 20 (1964 to 1969) were recorded in a different unit, rows 14 and 21 in part.",
+        "Rows 15 to 20 (years 64 to 69) were recorded in a different unit, rows 14 and 21 in part.",
     ),
     "starsCYG": (
         "log_light",

@@ -63,7 +63,7 @@ def real_array(name: str, x: ArrayLike) -> Array:
     dtype = getattr(x, "dtype", None)
     if dtype is None:
         dtype = np.asarray(x).dtype
-    given = f"dtype {dtype}" if dtype != np.dtype(object) else type(x).__name__
+    given = type(x).__name__ if x is None else f"dtype {dtype}"
     kinds = (np.floating, np.signedinteger, np.unsignedinteger, np.bool_)
     real = any(jnp.issubdtype(dtype, kind) for kind in kinds)
     if not real or jnp.issubdtype(dtype, np.timedelta64):  # a signed integer to NumPy
