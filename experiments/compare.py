@@ -208,8 +208,8 @@ def findings(result: Result) -> list[str]:
     if robust and len(unseen):
         said.append(
             f"Far out in the features, yet near {title(robust)}'s fit: {_rows(unseen)}. No convex "
-            "loss can tell a bad leverage point from a good one, and all of them give way to it: look at "
-            f"{'it' if len(unseen) == 1 else 'them'} before you trust a number here."
+            "loss can tell a bad leverage point from a good one, and all of them give way to it: "
+            f"look at {'it' if len(unseen) == 1 else 'them'} before you trust a number here."
         )
     for name, converged, kinked, steps in zip(
         result.losses, result.converged, result.kinked, result.steps, strict=True

@@ -294,7 +294,7 @@ def test_a_delta_that_does_not_fit_names_both_shapes(shape):
 def test_what_is_no_loss_is_refused(wrong):
     r = jnp.ones(3)
     for use in (rl.mean, rl.total, rl.influence, rl.weight, rl.curvature):
-        with pytest.raises(TypeError, match="loss must be a function such as rl.huber, got"):
+        with pytest.raises(TypeError, match=r"loss must be a function such as rl\.huber, got"):
             use(wrong, r)
 
 
