@@ -158,7 +158,7 @@ def _fit(
         inputs = jax.tree.map(lambda x: jnp.where(jnp.any(kept), x[index], 0), inputs)
 
     wide = at_least_float32(jnp.result_type(*jax.tree.leaves(params)))
-    size = jnp.float32(targets.size) if keep is None else jnp.sum(keep, dtype=wide)
+    size = jnp.asarray(targets.size, wide) if keep is None else jnp.sum(keep, dtype=wide)
     size = size if weights is None else jnp.sum(weights, dtype=wide)
 
     def objective(params: Params) -> Array:
