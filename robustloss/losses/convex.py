@@ -194,7 +194,7 @@ def _log_cosh(r: Array, delta: Array) -> Array:
     a, fourth = jnp.abs(r), 0.25 * _finite(delta, 32)
     near = jnp.minimum(a, 4 * _JOINT * fourth)
     w = a - near
-    z = (0.25 * (near / fourth)) ** 2
+    z = 0.0625 * (near / fourth) ** 2
     k = 1 / (1 + math.exp(2 * _JOINT))
     beyond = 0.25 * w + fourth * jnp.log1p(k * (jnp.exp(-0.5 * (w / fourth)) - 1))
     return near * (near * (0.5 + z * _value_series(z))) + 16 * fourth * beyond
