@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from robustloss.losses._elementwise import at_least_float32, check_loss, real_array
@@ -37,7 +38,7 @@ class Fit(NamedTuple):
     steps: Array
     """How many steps were taken."""
     converged: Array
-    """Whether the last steps changed the value, and a further one could, by next to nothing."""
+    """Whether the test that `fit` describes held: the value still, the gradient small."""
     history: Array
     """The objective before each step and after the last, `steps + 1` numbers, then NaN. In a
     mini-batch fit it is the objective of each step's batch."""
@@ -134,23 +135,22 @@ def fit(
     w = None if weights is None else nonnegative(weights, targets.shape, where)
     # Told here, where delta is still a number and the shapes can be named.
     jax.eval_shape(lambda: mean(loss, model(params, inputs), targets))
-    loss_key, loss_values = _split(loss, jax.Array, np.ndarray, float)
-    model_key, model_values = _split(model, jax.Array, np.ndarray)
+    loss = _with_leaves(loss, jax.Array, np.ndarray, float)
+    model = _with_leaves(model, jax.Array, np.ndarray)
     if batch_size is not None:
-        _check_batches(batch_size, key, targets, loss_values)
+        _check_batches(batch_size, key, targets, jax.tree.leaves(loss))
     return _fit(
-        loss_key, model_key, optimizer, steps, batch_size,
-        loss_values, model_values, params, inputs, targets, keep, w, tolerance, key,
+        optimizer, steps, batch_size,
+        loss, model, params, inputs, targets, keep, w, tolerance, key,
     )  # fmt: skip
 
 
-@partial(jax.jit, static_argnums=range(5))
+@partial(jax.jit, static_argnums=range(3))
 def _fit(
-    loss_key: Any, model_key: Any, optimizer: Any, steps: int, batch_size: int | None,
-    loss_values: tuple[Any, ...], model_values: tuple[Any, ...], params: Params, inputs: Inputs,
-    targets: Array, keep: Array | None, weights: Array | None, tolerance: Array, key: Array | None,
+    optimizer: Any, steps: int, batch_size: int | None,
+    loss: Partial, model: Partial, params: Params, inputs: Inputs, targets: Array,
+    keep: Array | None, weights: Array | None, tolerance: Array, key: Array | None,
 ) -> Fit:  # fmt: skip
-    loss, model = _join(loss_key, loss_values), _join(model_key, model_values)
     if keep is not None:
         # A dropped row becomes a copy of a kept one, lest a NaN in it reach the gradient.
         kept = jnp.any(keep.reshape(len(keep), -1), axis=1)
@@ -183,48 +183,71 @@ def _fit(
     value, gradient = jax.value_and_grad(objective)(params)
     largest = jnp.maximum(_largest(gradient), _largest(jax.grad(signed)(params, signs)))
     at_rest = _at_rest(tolerance, value, largest)
-    start = (params, value, gradient)
-    if batch_size is None or key is None:
-        return _full_batch(objective, at_rest, start, optimizer, steps)
-    rows = len(targets)
-    return _mini_batch(objective, of_batch, at_rest, start, optimizer, steps, rows, batch_size, key)
-
-
-def _full_batch(
-    objective: Objective, at_rest: Callable[..., Array], start: Any, optimizer: Any, steps: int
-) -> Fit:
-    params, value, gradient = start
-    history = jnp.full(steps + 1, jnp.nan, value.dtype).at[0].set(value)
-
-    def step(carry: Any) -> Any:
-        params, value, gradient, state, k, _, history = carry
-        params, state = _update(optimizer, objective, params, value, gradient, state)
-        before = value
-        value, gradient = _value_and_grad(objective, params, state)
-        rest = at_rest(before, value, gradient)
-        return params, value, gradient, state, k + 1, rest, history.at[k + 1].set(value)
-
-    def goes_on(carry: Any) -> Array:
-        _, value, _, _, k, rest, _ = carry
-        return (k < steps) & ~rest & jnp.isfinite(value)
-
-    rest = (_largest(gradient) == 0) & jnp.isfinite(value)  # a perfect start has nowhere to go
-    start = (params, value, gradient, _init(optimizer, params), 0, rest, history)
-    params, value, _, _, k, rest, history = lax.while_loop(goes_on, step, start)
-    return Fit(params, value, jnp.asarray(k), rest, history)
-
-
-def _mini_batch(
-    objective: Objective, of_batch: Callable[..., Array], at_rest: Callable[..., Array],
-    start: Any, optimizer: Any, steps: int, rows: int, batch_size: int, key: Array,
-) -> Fit:  # fmt: skip
-    batches = -(-rows // batch_size)
-    params, value, gradient = start
     history = jnp.full(steps + 1, jnp.nan, value.dtype)
+    start = _State(params, value, gradient, optimizer.init(params), jnp.asarray(0), history)
+    if batch_size is None or key is None:
+        turn = _step(objective, optimizer)
+    else:
+        turn = _epoch(objective, of_batch, optimizer, steps, len(targets), batch_size, key)
+    return _descend(turn, at_rest, start, steps)
 
-    def epoch(carry: Any) -> Any:
-        params, value, state, k, _, history = carry
-        order = jax.random.permutation(jax.random.fold_in(key, k), rows)
+
+class _State(NamedTuple):
+    """Where a fit is after `k` steps."""
+
+    params: Params
+    value: Array
+    gradient: Params
+    optimizer: Any
+    k: Array
+    history: Array
+
+
+Turn = Callable[[_State], _State]
+
+
+def _descend(turn: Turn, at_rest: Callable[..., Array], start: _State, steps: int) -> Fit:
+    """Takes turns until the fit is at rest, out of steps or no longer finite."""
+
+    def goes_on(carry: tuple[_State, Array]) -> Array:
+        state, rest = carry
+        return (state.k < steps) & ~rest & jnp.isfinite(state.value)
+
+    def take(carry: tuple[_State, Array]) -> tuple[_State, Array]:
+        before, _ = carry
+        after = turn(before)
+        return after, at_rest(before.value, after.value, after.gradient)
+
+    # A perfect start has nowhere to go.
+    rest = (_largest(start.gradient) == 0) & jnp.isfinite(start.value)
+    end, rest = lax.while_loop(goes_on, take, (start, rest))
+    history = end.history.at[end.k].set(end.value)
+    return Fit(end.params, end.value, end.k, rest, history)
+
+
+def _step(objective: Objective, optimizer: Any) -> Turn:
+    """One step on all rows."""
+
+    def step(at: _State) -> _State:
+        params, state = _update(
+            optimizer, objective, at.params, at.value, at.gradient, at.optimizer
+        )
+        value, gradient = _value_and_grad(objective, params, state)
+        history = at.history.at[at.k].set(at.value)
+        return _State(params, value, gradient, state, at.k + 1, history)
+
+    return step
+
+
+def _epoch(
+    objective: Objective, of_batch: Callable[..., Array], optimizer: Any, steps: int,
+    rows: int, batch_size: int, key: Array,
+) -> Turn:  # fmt: skip
+    """Steps on batches that together are all rows, in an order of its own."""
+    batches = -(-rows // batch_size)
+
+    def epoch(at: _State) -> _State:
+        order = jax.random.permutation(jax.random.fold_in(key, at.k), rows)
         order = jnp.resize(order, (batches * batch_size,))  # the last batch may be a short one
 
         def step(i: Array, carry: Any) -> Any:
@@ -234,23 +257,15 @@ def _mini_batch(
             batch = partial(of_batch, take=take, real=first + jnp.arange(batch_size) < rows)
             value, gradient = jax.value_and_grad(batch)(params)
             params, state = _update(optimizer, batch, params, value, gradient, state)
-            return params, state, history.at[k + i].set(value)
+            return params, state, history.at[at.k + i].set(value)
 
-        taken = jnp.minimum(batches, steps - k)
-        params, state, history = lax.fori_loop(0, taken, step, (params, state, history))
-        before = value
+        taken = jnp.minimum(batches, steps - at.k)
+        start = (at.params, at.optimizer, at.history)
+        params, state, history = lax.fori_loop(0, taken, step, start)
         value, gradient = jax.value_and_grad(objective)(params)
-        rest = at_rest(before, value, gradient)
-        return params, value, state, k + taken, rest, history
+        return _State(params, value, gradient, state, at.k + taken, history)
 
-    def goes_on(carry: Any) -> Array:
-        _, value, _, k, rest, _ = carry
-        return (k < steps) & ~rest & jnp.isfinite(value)
-
-    rest = (_largest(gradient) == 0) & jnp.isfinite(value)
-    start = (params, value, _init(optimizer, params), jnp.asarray(0), rest, history)
-    params, value, _, k, rest, history = lax.while_loop(goes_on, epoch, start)
-    return Fit(params, value, k, rest, history.at[k].set(value))
+    return epoch
 
 
 def _at_rest(tolerance: Array, first: Array, largest: Array) -> Callable[..., Array]:
@@ -264,14 +279,6 @@ def _at_rest(tolerance: Array, first: Array, largest: Array) -> Callable[..., Ar
         return still & flat & jnp.isfinite(value)
 
     return at_rest
-
-
-def _init(optimizer: Any, params: Params) -> Any:
-    # Strong types throughout, as a loop's carry must keep its type.
-    return jax.tree.map(
-        lambda x: lax.convert_element_type(x, x.dtype) if isinstance(x, jax.Array) else x,
-        optimizer.init(params),
-    )
 
 
 def _update(
@@ -300,41 +307,24 @@ def _largest(tree: Params) -> Array:
     return jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
-class _Program(NamedTuple):
-    """What a compilation depends on of a `functools.partial`."""
+def _with_leaves(function: Callable[..., Any], *leaves: type) -> Partial:
+    """A function as a pytree: what a `functools.partial` fixes by keyword are its leaves.
 
-    function: Callable[..., Any]
-    tree: Any
-    traced: tuple[bool, ...]
-    rest: tuple[Any, ...]
-
-
-def _split(function: Callable[..., Any], *traced: type) -> tuple[Any, tuple[Any, ...]]:
-    """A function as what a compilation depends on, and the arguments that it does not.
-
-    Those are the arguments of these types in a `functools.partial`.
+    Only where it is of these types; everything else is part of the program. So another value
+    does not compile again.
     """
     if not isinstance(function, partial):
-        return function, ()
-    leaves, tree = jax.tree.flatten((function.args, function.keywords))
-    which = tuple(isinstance(leaf, traced) for leaf in leaves)
-    rest = tuple(None if t else leaf for t, leaf in zip(which, leaves, strict=True))
-    values = tuple(leaf for t, leaf in zip(which, leaves, strict=True) if t)
-    return _Program(function.func, tree, which, rest), values
-
-
-def _join(program: Any, values: tuple[Any, ...]) -> Callable[..., Any]:
-    if not isinstance(program, _Program):
-        return program
-    given = iter(values)
-    pairs = zip(program.traced, program.rest, strict=True)
-    leaves = [next(given) if traced else leaf for traced, leaf in pairs]
-    args, keywords = jax.tree.unflatten(program.tree, leaves)
-    return partial(program.function, *args, **keywords)
+        return Partial(function)
+    values = {k: v for k, v in function.keywords.items() if isinstance(v, leaves)}
+    rest = {k: v for k, v in function.keywords.items() if k not in values}
+    fixed = function.args or rest
+    return Partial(
+        partial(function.func, *function.args, **rest) if fixed else function.func, **values
+    )
 
 
 def _check_batches(
-    batch_size: int, key: Array | None, targets: Array, loss_values: tuple[Any, ...]
+    batch_size: int, key: Array | None, targets: Array, parameters: list[Any]
 ) -> None:
     if not 1 <= batch_size <= len(targets):
         raise ValueError(f"batch_size must be in [1, {len(targets)}], got {batch_size}")
@@ -342,7 +332,7 @@ def _check_batches(
         raise ValueError("a mini-batch fit needs key=jax.random.key(...)")
     if isinstance(key, int):
         raise TypeError(f"key must be a jax.random.key, got {key}; jax.random.key({key})?")
-    for shape in map(np.shape, loss_values):
+    for shape in map(np.shape, parameters):
         if len(shape) >= targets.ndim and shape[-targets.ndim] != 1:
             raise ValueError(
                 "with batch_size, a parameter of the loss cannot differ by row, "
