@@ -6,9 +6,9 @@ residual keeps a say in it.
 How the values are written serves their mean and its gradient, which XLA compiles into one
 reduction and one map. A reduction is vectorised over min and max, not over `where`. What
 both need, be it |r| or a broadcast constant, XLA writes out as an array for both to read:
-so values count in other multiples of delta, which costs no rounding where they are powers of
-two, and slopes take |r| as max(r, -r). XLA's vectorised min
-and max drop a NaN on some CPUs, so a value also takes the bare residual.
+so values count in halves or quarters of delta, which costs no rounding, and slopes take |r|
+as max(r, -r). XLA's vectorised min and max drop a NaN on some CPUs, so a value also takes the
+bare residual.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def _log_cosh(r: Array, delta: Array) -> Array:
 def _delta_tanh(r: Array, delta: Array) -> Array:
     a = jnp.maximum(r, -r)
     z = (r / delta) ** 2
-    far = delta * (1 - 2 / (1 + jnp.exp(2 * (a / delta))))
+    far = delta - 2 * delta / (1 + jnp.exp(2 * (a / delta)))
     return jnp.where(
         a > 0.99 * _JOINT * delta, jnp.copysign(far, r), r + r * (z * _slope_series(z))
     )
@@ -214,11 +214,13 @@ def _delta_tanh(r: Array, delta: Array) -> Array:
 def _sech2(r: Array, delta: Array) -> Array:
     delta = _finite(delta)
     u, lost = quotient(jnp.minimum(jnp.abs(r), _FLAT * delta), delta)
-    # Far out the error of u is amplified 2 u times, so what it lost is put back; and e would
+    # What the roundings of u, amplified 2 u times, and of 1 + e lost is put back; and e would
     # be subnormal before 4 e is, so part of the exponent waits outside.
     shift = jnp.where(u > 40.0, 4.0, 0.0)
-    e = jnp.exp(shift - 2 * u) * (1 - 2 * lost)
-    return 4 * e * jnp.exp(-shift) / (1 + e) ** 2
+    e = jnp.exp(shift - 2 * u)
+    q = 1 + e
+    e = e - 2 * e * (lost + (e - (q - 1)) / q)
+    return 4 * e * jnp.exp(-shift) / (q * q)
 
 
 @with_partials(
