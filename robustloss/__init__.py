@@ -2,7 +2,9 @@
 
 from robustloss.fitting import *
 from robustloss.losses import LOSSES as LOSSES
+from robustloss.losses.asymmetric import *
 from robustloss.losses.convex import *
+from robustloss.losses.redescending import *
 from robustloss.reduce import *
 from robustloss.views import *
 

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from witnesses import LOSSES
 
 import robustloss as rl
 
-NAMES = sorted(rl.LOSSES)
+NAMES = sorted(LOSSES)
 NAN, INF = float("nan"), float("inf")
 RANDOM = np.random.default_rng(6)
 P, T = RANDOM.normal(size=(2, 4, 5, 3)).astype(np.float32) * 2
@@ -25,7 +26,7 @@ WEIGHINGS = {"none": None, "each": WEIGHTS, "last": WEIGHTS[0, 0], "one": 2.5, "
 
 def plain(name, p, t, *, where=None, weights=None, axis=None):
     """Total and mean in float64, from the losses of each residual."""
-    losses = np.asarray(rl.LOSSES[name](p, t), np.float64)
+    losses = np.asarray(LOSSES[name](p, t), np.float64)
     w = np.broadcast_to(1.0 if weights is None else np.float64(weights), losses.shape)
     w = np.where(True if where is None else where, w, 0.0)
     total = (losses * w).sum(axis)
@@ -41,7 +42,7 @@ def test_against_numpy(where, weights, axis):
     of_numpy = given | {"axis": tuple(axis) if isinstance(axis, list) else axis}
     for name in ("huber", "absolute_error", "squared_error"):
         total, mean = plain(name, P, T, **of_numpy)
-        loss = rl.LOSSES[name]
+        loss = LOSSES[name]
         got = {rl.total: total, rl.mean: mean}
         for reduction, want in got.items():
             result = reduction(loss, P, T, **given)
@@ -50,7 +51,7 @@ def test_against_numpy(where, weights, axis):
             np.testing.assert_allclose(reduction(loss, P - T, **given), want, rtol=1e-5, atol=1e-6)
     short = {"absolute_error": rl.mae, "squared_error": rl.mse}
     for name, reduction in short.items():
-        want = rl.mean(rl.LOSSES[name], P, T, **given)
+        want = rl.mean(LOSSES[name], P, T, **given)
         chex.assert_trees_all_equal(reduction(P, T, **given), want)
 
 
@@ -59,7 +60,7 @@ def test_against_numpy(where, weights, axis):
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_dropped_may_hold_anything(name, reduction, bad):
     """Value and gradient are those of the kept entries alone, in either argument."""
-    loss, n = rl.LOSSES[name], 6
+    loss, n = LOSSES[name], 6
     p, t = jnp.array(P.ravel()[:n]), jnp.array(T.ravel()[:n])
     keep, kept = jnp.arange(n) < 4, slice(0, 4)
     holes = [(p.at[4].set(bad), t), (p, t.at[5].set(bad)), (p.at[4:].set(bad), t.at[4:].set(bad))]
@@ -86,8 +87,8 @@ def test_a_dropped_weight_may_hold_anything(name):
     w = np.array([1.0, 2.0, NAN])
     keep = np.array([True, True, False])
     for run in (lambda f: f, jax.jit):
-        f = run(lambda w, loss=rl.LOSSES[name]: rl.mean(loss, P[0, 0], where=keep, weights=w))
-        np.testing.assert_allclose(f(w), rl.mean(rl.LOSSES[name], P[0, 0, :2], weights=w[:2]))
+        f = run(lambda w, loss=LOSSES[name]: rl.mean(loss, P[0, 0], where=keep, weights=w))
+        np.testing.assert_allclose(f(w), rl.mean(LOSSES[name], P[0, 0, :2], weights=w[:2]))
         assert np.isfinite(jax.grad(f)(w)).all()
 
 
@@ -97,11 +98,11 @@ def test_nothing_kept_is_zero(name, reduction):
     p = jnp.array([1.0, NAN, INF])
     none = jnp.zeros(3, bool)
     for run, mask in itertools.product((lambda f: f, jax.jit), (none, False)):
-        f = run(jax.value_and_grad(lambda p, m=mask: reduction(rl.LOSSES[name], p, where=m)))
+        f = run(jax.value_and_grad(lambda p, m=mask: reduction(LOSSES[name], p, where=m)))
         chex.assert_trees_all_equal(f(p), (jnp.float32(0), jnp.zeros(3)))
-    zero = jax.value_and_grad(lambda p: reduction(rl.LOSSES[name], p, weights=jnp.zeros(2)))
+    zero = jax.value_and_grad(lambda p: reduction(LOSSES[name], p, weights=jnp.zeros(2)))
     chex.assert_trees_all_equal(zero(jnp.array([1.0, -3.0])), (jnp.float32(0), jnp.zeros(2)))
-    rows = reduction(rl.LOSSES[name], jnp.ones((2, 3)), where=jnp.array([[True], [False]]), axis=1)
+    rows = reduction(LOSSES[name], jnp.ones((2, 3)), where=jnp.array([[True], [False]]), axis=1)
     assert rows[1] == 0 != rows[0]
 
 
@@ -109,7 +110,7 @@ def test_nothing_kept_is_zero(name, reduction):
 @pytest.mark.parametrize("reduction", [rl.mean, rl.total])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_weight_of_zero_hides_no_nan(name, reduction, weights):
-    f = partial(reduction, rl.LOSSES[name], weights=np.float32(weights))
+    f = partial(reduction, LOSSES[name], weights=np.float32(weights))
     for run in (lambda f: f, jax.jit):
         assert np.isnan(run(f)(jnp.array([1.0, NAN])))
         assert np.isnan(run(jax.grad(f))(jnp.array([1.0, NAN]))[1])
@@ -119,15 +120,15 @@ def test_a_weight_of_zero_hides_no_nan(name, reduction, weights):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_million_of_16_bits(name, dtype):
     r = jnp.asarray(np.random.default_rng(7).normal(size=10**6) * 8, dtype)
-    each = np.asarray(rl.LOSSES[name](np.asarray(r, np.float32)), np.float64)
+    each = np.asarray(LOSSES[name](np.asarray(r, np.float32)), np.float64)
     for keep in (None, r > -8):
         want = np.mean(each, where=True if keep is None else np.asarray(keep))
         for run in (lambda f: f, jax.jit):
-            got = run(partial(rl.mean, rl.LOSSES[name]))(r, where=keep)
+            got = run(partial(rl.mean, LOSSES[name]))(r, where=keep)
             chex.assert_type(got, dtype)
             error = abs(float(got) - want) / want
             assert error < 2 * float(jnp.finfo(dtype).eps), error
-    gradient = jax.grad(lambda r: rl.mean(rl.LOSSES[name], r))(r)
+    gradient = jax.grad(lambda r: rl.mean(LOSSES[name], r))(r)
     chex.assert_type(gradient, dtype)
     assert np.isfinite(gradient.astype(jnp.float32)).all()
 
@@ -136,10 +137,10 @@ def test_a_million_of_16_bits(name, dtype):
 def test_empty(name):
     for run in (lambda f: f, jax.jit):
         for reduction in (rl.mean, rl.total):
-            assert run(partial(reduction, rl.LOSSES[name]))(jnp.zeros(0), jnp.zeros(0)) == 0
-            none = run(partial(reduction, rl.LOSSES[name], axis=1))(jnp.zeros((3, 0)))
+            assert run(partial(reduction, LOSSES[name]))(jnp.zeros(0), jnp.zeros(0)) == 0
+            none = run(partial(reduction, LOSSES[name], axis=1))(jnp.zeros((3, 0)))
             chex.assert_trees_all_equal(none, jnp.zeros(3))
-            chex.assert_shape(reduction(rl.LOSSES[name], jnp.zeros((3, 0)), axis=0), (0,))
+            chex.assert_shape(reduction(LOSSES[name], jnp.zeros((3, 0)), axis=0), (0,))
 
 
 @pytest.mark.parametrize("where", [0, 1 << 19, (1 << 20) - 1, 12345])
@@ -148,7 +149,7 @@ def test_a_nan_among_many_shows(name, where):
     """XLA's vectorised min and max drop a NaN on some CPUs."""
     r = jnp.ones(1 << 20).at[where].set(NAN)
     for reduction in (rl.mean, rl.total):
-        f = partial(reduction, rl.LOSSES[name])
+        f = partial(reduction, LOSSES[name])
         assert np.isnan(jax.jit(f)(r))
         assert np.isnan(f(r))
         value, gradient = jax.jit(jax.value_and_grad(f))(r)
@@ -190,7 +191,7 @@ def test_a_loss_that_reduces_is_refused():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_transformations(name):
-    f = partial(rl.mean, rl.LOSSES[name])
+    f = partial(rl.mean, LOSSES[name])
     want = np.array([plain(name, p, t)[1] for p, t in zip(P, T, strict=True)])
     for g in (jax.vmap(f), jax.jit(jax.vmap(f)), jax.vmap(jax.jit(f))):
         np.testing.assert_allclose(g(P, T), want, rtol=1e-6)
@@ -201,16 +202,16 @@ def test_transformations(name):
     ]
     np.testing.assert_allclose(masked, each, rtol=1e-6)
     gradient = jax.grad(f)(P, T)
-    slopes = rl.influence(rl.LOSSES[name], P, T)
+    slopes = rl.influence(LOSSES[name], P, T)
     np.testing.assert_allclose(gradient, slopes / P.size, rtol=1e-6)
-    by_weight = jax.grad(lambda w: rl.total(rl.LOSSES[name], P, T, weights=w))(WEIGHTS)
-    np.testing.assert_allclose(by_weight, rl.LOSSES[name](P, T), rtol=1e-6)
+    by_weight = jax.grad(lambda w: rl.total(LOSSES[name], P, T, weights=w))(WEIGHTS)
+    np.testing.assert_allclose(by_weight, LOSSES[name](P, T), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_strict_promotion(name):
     with jax.numpy_dtype_promotion("strict"):
-        f = jax.jit(partial(rl.mean, rl.LOSSES[name]))
+        f = jax.jit(partial(rl.mean, LOSSES[name]))
         for dtype in (jnp.float16, jnp.bfloat16, jnp.float32):
             p, w = jnp.asarray(P, dtype), jnp.asarray(WEIGHTS, dtype)
             chex.assert_type([f(p), f(p, p, where=KEEP), f(p, weights=w, where=KEEP)], dtype)

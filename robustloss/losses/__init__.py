@@ -5,10 +5,12 @@ from types import MappingProxyType
 
 from jax import Array
 
-from robustloss.losses import convex
+from robustloss.losses import asymmetric, convex, redescending
+from robustloss.losses.asymmetric import *
 from robustloss.losses.convex import *
+from robustloss.losses.redescending import *
 
-FAMILIES = (convex,)
+FAMILIES = (convex, redescending, asymmetric)
 
 LOSSES: MappingProxyType[str, Callable[..., Array]] = MappingProxyType(
     {name: getattr(family, name) for family in FAMILIES for name in family.__all__}

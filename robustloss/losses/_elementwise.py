@@ -89,22 +89,29 @@ def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
 
 def positive(name: str, x: ArrayLike) -> Array:
     """A parameter that must be > 0: ValueError where it can be read, NaN where it is traced."""
-    return _inside(name, x, lambda x: x > 0, "must be > 0")
+    return constrained(name, "must be > 0", lambda x: x > 0, x)
 
 
 def between(name: str, x: ArrayLike, low: float, high: float) -> Array:
     """A parameter of the closed interval [low, high], checked like `positive`."""
-    return _inside(name, x, lambda x: (x >= low) & (x <= high), f"must be in [{low}, {high}]")
+    law = f"must be in [{low}, {high}]"
+    return constrained(name, law, lambda x: (x >= low) & (x <= high), x)
 
 
-def _inside(name: str, x: ArrayLike, holds: Callable[[Any], Any], law: str) -> Array:
+def constrained(
+    name: str, law: str, holds: Callable[..., Any], x: ArrayLike, *others: ArrayLike
+) -> Array:
+    """A parameter for which `holds(x, *others)`, checked like `positive`."""
     array = real_array(name, x)
-    given = readable(x)
-    if given is None:
+    given = [readable(y) for y in (x, *others)]
+    if any(y is None for y in given):
         # A factor, not a choice between array and NaN, so that the gradient is NaN too.
-        return array * jnp.where(holds(array), 1.0, jnp.nan)
-    if not np.all(holds(given)):
-        raise ValueError(f"{name} {law}, got {np.ravel(given)[~np.ravel(holds(given))][0]}")
+        kept = holds(array, *(real_array(name, y) for y in others))
+        return array * jnp.where(kept, 1.0, jnp.nan)
+    allowed = holds(*given)
+    if not np.all(allowed):
+        wrong = np.broadcast_to(np.asarray(given[0]), np.shape(allowed))[~np.asarray(allowed)]
+        raise ValueError(f"{name} {law}, got {wrong.ravel()[0]}")
     return array
 
 

@@ -14,7 +14,6 @@ bare residual.
 from __future__ import annotations
 
 import math
-from functools import reduce
 
 import jax.numpy as jnp
 from jax import Array
@@ -24,12 +23,31 @@ from robustloss.losses._elementwise import (
     between,
     elementwise,
     positive,
-    product,
     quotient,
     with_partials,
 )
+from robustloss.losses._pieces import (
+    atanh_series,
+    beyond,
+    careful_ratio,
+    cosine,
+    finite,
+    flat,
+    overshoot,
+    polynomial,
+    sine,
+    within,
+)
 
-__all__ = ["absolute_error", "huber", "log_cosh", "pseudo_huber", "squared_error"]
+__all__ = [
+    "absolute_error",
+    "epsilon_insensitive",
+    "fair",
+    "huber",
+    "log_cosh",
+    "pseudo_huber",
+    "squared_error",
+]
 
 
 def squared_error(predictions: ArrayLike, targets: ArrayLike | None = None) -> Array:
@@ -63,7 +81,7 @@ def _squared(r: Array) -> Array:
     return r * r
 
 
-@with_partials(lambda r: 2 * _flat(r) + 2)
+@with_partials(lambda r: 2 * flat(r) + 2)
 def _twice(r: Array) -> Array:
     return 2 * r
 
@@ -105,7 +123,7 @@ def _absolute(r: Array, kink: Array) -> Array:
     return jnp.abs(r)
 
 
-@with_partials(lambda r, kink: _flat(r), lambda r, kink: jnp.where(r == 0, 1.0, _flat(r)))
+@with_partials(lambda r, kink: flat(r), lambda r, kink: jnp.where(r == 0, 1.0, flat(r)))
 def _side(r: Array, kink: Array) -> Array:
     return jnp.where(r == 0, kink, jnp.sign(r))
 
@@ -140,21 +158,16 @@ def huber(
     return elementwise(_huber, predictions, targets, positive("delta", delta))
 
 
-@with_partials(lambda r, d: _clipped(r, d), lambda r, d: _overshoot(r, d))
+@with_partials(lambda r, d: _clipped(r, d), lambda r, d: overshoot(r, d))
 def _huber(r: Array, delta: Array) -> Array:
     a = jnp.abs(r)
-    half = jnp.minimum(0.5 * a, 0.5 * _finite(delta))
+    half = jnp.minimum(0.5 * a, 0.5 * finite(delta))
     return (half + half) * (a - half)
 
 
-@with_partials(lambda r, d: _within(r, d), lambda r, d: _beyond(r, d))
+@with_partials(lambda r, d: within(r, d), lambda r, d: beyond(r, d))
 def _clipped(r: Array, delta: Array) -> Array:
     return jnp.maximum(jnp.minimum(r, delta), -delta)
-
-
-@with_partials(lambda r, d: _beyond(r, d), lambda r, d: _within(r, d) - 1)
-def _overshoot(r: Array, delta: Array) -> Array:
-    return jnp.maximum(jnp.abs(r) - delta, 0)
 
 
 def log_cosh(
@@ -191,7 +204,7 @@ def log_cosh(
 def _log_cosh(r: Array, delta: Array) -> Array:
     # log cosh(c + w) = log cosh c + w + log(1 + k (exp(-2 w) - 1)): the series up to the
     # joint c, plus what lies beyond it, which is exactly 0 before it.
-    a, fourth = jnp.abs(r), 0.25 * _finite(delta, 32)
+    a, fourth = jnp.abs(r), 0.25 * finite(delta, 32)
     near = jnp.minimum(a, 4 * _JOINT * fourth)
     w = a - near
     z = 0.0625 * (near / fourth) ** 2
@@ -212,7 +225,7 @@ def _delta_tanh(r: Array, delta: Array) -> Array:
 
 @with_partials(lambda r, d: -_third(r, d), lambda r, d: _unit(r, d) * _third(r, d))
 def _sech2(r: Array, delta: Array) -> Array:
-    delta = _finite(delta)
+    delta = finite(delta)
     u, lost = quotient(jnp.minimum(jnp.abs(r), _FLAT * delta), delta)
     # What the roundings of u, amplified 2 u times, and of 1 + e lost is put back; and e would
     # be subnormal before 4 e is, so part of the exponent waits outside.
@@ -229,7 +242,7 @@ def _sech2(r: Array, delta: Array) -> Array:
 )
 def _log_cosh_delta(r: Array, delta: Array) -> Array:
     """delta (2 log cosh u - u tanh u), u = r / delta."""
-    delta = _finite(delta)
+    delta = finite(delta)
     u = jnp.abs(r) / delta
     z = u * u
     tanh = jnp.abs(_delta_tanh(r, delta)) / delta
@@ -257,7 +270,7 @@ def _log_cosh_mixed(r: Array, delta: Array) -> Array:
 )
 def _log_cosh_delta2(r: Array, delta: Array) -> Array:
     """2 log cosh u - 2 u tanh u + (u sech u)**2, u = r / delta."""
-    delta = _finite(delta)
+    delta = finite(delta)
     u = jnp.abs(_unit(r, delta))
     e = jnp.exp(-2 * u)
     far = 4 * u * e / (1 + e) - 2 * (math.log(2) - jnp.log1p(e)) + u * u * _sech2(r, delta)
@@ -281,18 +294,12 @@ _FLAT = 400.0  # r / delta from which sech**2 is 0 in every precision
 
 def _value_series(z: Array) -> Array:
     """(log cosh u - u**2 / 2) / u**4 in z = u**2, minimax up to the joint."""
-    return _polynomial(z, _VALUE_64 if z.dtype == jnp.float64 else _VALUE_32)
+    return polynomial(z, _VALUE_64 if z.dtype == jnp.float64 else _VALUE_32)
 
 
 def _slope_series(z: Array) -> Array:
     """(tanh u - u) / u**3 in z = u**2, minimax up to the joint."""
-    return _polynomial(z, _SLOPE_64 if z.dtype == jnp.float64 else _SLOPE_32)
-
-
-def _polynomial(z: Array, coefficients: tuple[float, ...]) -> Array:
-    """Horner's rule, the constant coefficient first."""
-    *lower, highest = coefficients
-    return reduce(lambda total, c: total * z + c, reversed(lower[:-1]), highest * z + lower[-1])
+    return polynomial(z, _SLOPE_64 if z.dtype == jnp.float64 else _SLOPE_32)
 
 
 # fmt: off
@@ -351,13 +358,9 @@ def pseudo_huber(
     return elementwise(_pseudo_huber, predictions, targets, positive("delta", delta))
 
 
-# With the angle whose tangent is r / delta, every derivative is a polynomial in its sine and
-# cosine. Both are taken over max(|r|, delta), so nothing overflows.
-
-
 @with_partials(lambda r, d: _soft_clipped(r, d), lambda r, d: _pseudo_huber_delta(r, d))
 def _pseudo_huber(r: Array, delta: Array) -> Array:
-    a, half = jnp.abs(r), 0.5 * _finite(delta, 32)
+    a, half = jnp.abs(r), 0.5 * finite(delta, 32)
     big, small = jnp.maximum(0.5 * a, half), jnp.minimum(0.5 * a, half)
     # small a / (delta / big + sqrt(1 + t**2)), where the root is 1 + t**2 / (1 + root) and its
     # 1 is added last: one rounding instead of three.
@@ -365,89 +368,176 @@ def _pseudo_huber(r: Array, delta: Array) -> Array:
     return 16 * small * (a / (8 + (8 * half / big + 4 * t2 / (2 + jnp.sqrt(4 + t2)))))
 
 
-@with_partials(lambda r, d: _cos3(r, d), lambda r, d: _sin(r, d) ** 3)
+@with_partials(lambda r, d: _cos3(r, d), lambda r, d: sine(r, d) ** 3)
 def _soft_clipped(r: Array, delta: Array) -> Array:
     a = jnp.maximum(r, -r)
     big, small = jnp.maximum(a, delta), jnp.minimum(a, delta)
     return jnp.sign(r) * (small / jnp.sqrt(1 + (small / big) ** 2))
 
 
-@with_partials(lambda r, d: _sin(r, d) ** 3, lambda r, d: -(_versine(r, d) ** 2) * (2 + _cos(r, d)))
+@with_partials(
+    lambda r, d: sine(r, d) ** 3,
+    lambda r, d: -(_versine(r, d) ** 2) * (2 + cosine(r, d)),
+)
 def _pseudo_huber_delta(r: Array, delta: Array) -> Array:
-    delta = _finite(delta)
-    return delta * _versine(r, delta) ** 2 / _cos(r, delta)
+    delta = finite(delta)
+    return delta * _versine(r, delta) ** 2 / cosine(r, delta)
 
 
 @with_partials(
-    lambda r, d: -3 * _sin(r, d) * _cos(r, d) ** 4 / d,
-    lambda r, d: 3 * _sin(r, d) ** 2 * _cos(r, d) ** 3 / d,
+    lambda r, d: -3 * sine(r, d) * cosine(r, d) ** 4 / d,
+    lambda r, d: 3 * sine(r, d) ** 2 * cosine(r, d) ** 3 / d,
 )
 def _cos3(r: Array, delta: Array) -> Array:
-    # (1 + t**2)**(-3/2), times t**3 beyond delta; what the roundings of t, t**2 and 1 + t**2
-    # lost is put back, or it would come out threefold.
-    a, delta = _finite(jnp.abs(r)), _finite(delta)
-    t, lost_t = quotient(jnp.minimum(a, delta), jnp.maximum(a, delta))
-    t2, lost_t2 = product(t, t)
-    lost_t2 = lost_t2 + 2 * t * lost_t
-    q = 1 + t2
-    lost_q = ((1 - q) + t2) + lost_t2
+    # (1 + t**2)**(-3/2), times t**3 beyond delta.
+    t, t2, q, lost_t, lost_t2, lost_q = careful_ratio(r, delta)
     cube = 1 / (q * jnp.sqrt(q))
-    relative = 1.5 * lost_q / q
-    inside = cube - cube * relative
-    tiny = jnp.finfo(t.dtype).tiny / jnp.finfo(t.dtype).eps  # below it t**3 is 0
-    lost_t3 = lost_t2 / jnp.maximum(t2, tiny) + lost_t / jnp.maximum(t, tiny)
+    inside = cube - cube * (1.5 * lost_q)
     outside = t * (t2 * cube)
-    outside = outside + outside * (lost_t3 - relative)
-    cubed = jnp.where(a > delta, outside, inside)
-    return jnp.where(jnp.isinf(r), _flat(delta), cubed)
-
-
-@with_partials(
-    lambda r, d: _cos(r, d) ** 3 / d,
-    lambda r, d: -_sin(r, d) * _cos(r, d) ** 2 / d,
-)
-def _sin(r: Array, delta: Array) -> Array:
-    """r / sqrt(r**2 + delta**2)."""
-    return _soft_clipped(r, delta) / delta
-
-
-@with_partials(
-    lambda r, d: -_sin(r, d) * _cos(r, d) ** 2 / d,
-    lambda r, d: _sin(r, d) ** 2 * _cos(r, d) / d,
-)
-def _cos(r: Array, delta: Array) -> Array:
-    """delta / sqrt(r**2 + delta**2)."""
-    a, delta = jnp.abs(r), _finite(delta)
-    big, small = jnp.maximum(a, delta), jnp.minimum(a, delta)
-    return delta / big / jnp.sqrt(1 + (small / big) ** 2)
+    outside = outside + outside * (lost_t2 + lost_t - 1.5 * lost_q)
+    cubed = jnp.where(jnp.abs(r) > delta, outside, inside)
+    return jnp.where(jnp.isinf(r), flat(delta), cubed)
 
 
 def _versine(r: Array, delta: Array) -> Array:
     """1 - cos, without its cancellation at 0."""
-    return _sin(r, delta) ** 2 / (1 + _cos(r, delta))
+    return sine(r, delta) ** 2 / (1 + cosine(r, delta))
 
 
-# Shared by the family.
+def fair(
+    predictions: ArrayLike, targets: ArrayLike | None = None, *, delta: ArrayLike = 1.0
+) -> Array:
+    """Fair's loss, `delta**2 (|r| / delta - log(1 + |r| / delta))`.
+
+    Influence `r / (1 + |r| / delta)`, weight `1 / (1 + |r| / delta)`, curvature its square.
+    It bends at once: the curvature has a corner at 0, where it is 1, and the bend is so
+    gentle that even at `|r| = 10 delta` the influence is only 10/11 of its bound `delta`.
+
+    Args:
+        predictions: real numbers of any shape; with `targets=None`, the residual itself.
+        targets: of exactly the same shape, or None.
+        delta: where the influence is half its bound, > 0, in the residual's units;
+            broadcasts to the residual and can be differentiated.
+
+    Returns:
+        The loss of each residual, in its shape and in the dtype that JAX promotes to.
+        NaN stays NaN, also as a slope; an infinite residual has the slope `delta`.
+
+    Raises:
+        ValueError: the shapes differ, or `delta` is not > 0 (traced: the result is NaN).
+        TypeError: complex or non-numeric input.
+
+    Source: Fair (1974), Annals of Economic and Social Measurement 3, 667-677.
+
+    >>> influence(fair, jnp.array([0.0, 1.0, -3.0]))
+    Array([ 0.  ,  0.5 , -0.75], dtype=float32)
+    """
+    return elementwise(_fair, predictions, targets, positive("delta", delta))
 
 
-@with_partials(lambda r, d: _flat(r), lambda r, d: _flat(r))
-def _within(r: Array, delta: Array) -> Array:
-    """1 up to |r| = delta and 0 beyond; NaN stays NaN."""
-    return jnp.where(jnp.abs(r) > delta, 0.0, 1.0) + _flat(jnp.abs(r) + delta)
+@with_partials(lambda r, d: _fair_slope(r, d), lambda r, d: _fair_delta(r, d))
+def _fair(r: Array, delta: Array) -> Array:
+    # log(1 + u) = 2 atanh(s), s = u / (2 + u), so that u - log(1 + u) = s (u - 2 s**2 (...)).
+    a, delta = jnp.abs(r), finite(delta)
+    u = jnp.minimum(a, 2 * delta) / delta
+    s, p = u / (2 + u), jnp.minimum(a, 2 * delta) / (2 + u)
+    near = p * (a - 2 * p * s * atanh_series(s * s))
+    far = delta * (a - delta * jnp.log1p(_held(a, delta)))
+    return jnp.where(a > 2 * delta, far, near)
 
 
-@with_partials(lambda r, d: _flat(r), lambda r, d: _flat(r))
-def _beyond(r: Array, delta: Array) -> Array:
-    """sign(r) beyond |r| = delta and 0 up to there; NaN stays NaN."""
-    return jnp.where(jnp.abs(r) > delta, jnp.sign(r), 0.0) + _flat(jnp.abs(r) + delta)
+@with_partials(lambda r, d: _fair_weight(r, d) ** 2, lambda r, d: _fair_mixed(r, d))
+def _fair_slope(r: Array, delta: Array) -> Array:
+    a = jnp.abs(r)
+    small, big = jnp.minimum(a, delta), jnp.maximum(a, delta)
+    return jnp.sign(r) * (small / (1 + small / big))
 
 
-@with_partials(lambda r: _flat(r))
-def _flat(r: Array) -> Array:
-    """0, the derivative of a constant; NaN stays NaN."""
-    return jnp.where(jnp.isnan(r), r, 0.0)
+@with_partials(
+    lambda r, d: -jnp.sign(r) * _fair_weight(r, d) ** 2 / d,
+    lambda r, d: _fair_share(r, d) * _fair_weight(r, d) / d,
+)
+def _fair_weight(r: Array, delta: Array) -> Array:
+    """1 / (1 + u), u = |r| / delta."""
+    a, delta = jnp.abs(r), finite(delta)
+    small, big = jnp.minimum(a, delta), jnp.maximum(a, delta)
+    return delta / big / (1 + small / big)
 
 
-def _finite(x: Array, room: float = 1.0) -> Array:
-    """inf as the largest number (over `room`), so that inf - inf and 0 * inf do not arise."""
-    return jnp.minimum(x, float(jnp.finfo(x.dtype).max) / room)
+@with_partials(
+    lambda r, d: jnp.sign(r) * _fair_weight(r, d) ** 2 / d,
+    lambda r, d: -_fair_share(r, d) * _fair_weight(r, d) / d,
+)
+def _fair_share(r: Array, delta: Array) -> Array:
+    """1 - weight = u / (1 + u)."""
+    return jnp.abs(_fair_slope(r, delta)) / delta
+
+
+def _fair_mixed(r: Array, delta: Array) -> Array:
+    return jnp.sign(r) * _fair_share(r, delta) ** 2
+
+
+@with_partials(lambda r, d: _fair_mixed(r, d), lambda r, d: _fair_delta2(r, d))
+def _fair_delta(r: Array, delta: Array) -> Array:
+    """delta (u - 2 log(1 + u) + u / (1 + u))."""
+    a, delta = jnp.abs(r), finite(delta)
+    u = jnp.minimum(a, 2 * delta) / delta
+    s = u / (2 + u)
+    near = delta * (u * s * u / (1 + u) - 4 * s * s * s * atanh_series(s * s))
+    share = _fair_share(r, delta)
+    far = a - delta * (2 * jnp.log1p(_held(a, delta)) - share)
+    return jnp.where(a > 2 * delta, far, near)
+
+
+@with_partials(
+    lambda r, d: -2 * jnp.sign(r) * _fair_share(r, d) ** 2 * _fair_weight(r, d) / d,
+    lambda r, d: 2 * _fair_share(r, d) ** 3 / d,
+)
+def _fair_delta2(r: Array, delta: Array) -> Array:
+    """3 u / (1 + u) - u / (1 + u)**2 - 2 log(1 + u)."""
+    a, delta = jnp.abs(r), finite(delta)
+    share = _fair_share(r, delta)
+    far = share * (3 - _fair_weight(r, delta)) - 2 * jnp.log1p(a / delta)
+    near = _fair_delta(r, delta) / delta - jnp.minimum(a, 2 * delta) / delta * share**2
+    return jnp.where(a > 2 * delta, far, near)
+
+
+def _held(a: Array, delta: Array) -> Array:
+    """a / delta, held where the log of it no longer counts beside it."""
+    return jnp.minimum(a / delta, 1e30)
+
+
+def epsilon_insensitive(
+    predictions: ArrayLike, targets: ArrayLike | None = None, *, delta: ArrayLike = 1.0
+) -> Array:
+    """Epsilon-insensitive loss, `max(|r| - delta, 0)`: of support vector regression.
+
+    Influence 0 inside the tube `|r| <= delta`, its edge included, and `sign(r)` outside. It
+    is the absolute error with a dead zone and so, unlike the losses that bend at `delta`,
+    not `r**2 / 2` near 0. The second derivative is 0 everywhere. It is also the derivative
+    of Huber's loss with respect to `delta`.
+
+    Args:
+        predictions: real numbers of any shape; with `targets=None`, the residual itself.
+        targets: of exactly the same shape, or None.
+        delta: the half-width of the tube (the epsilon of the name), > 0, in the residual's
+            units; broadcasts to the residual and can be differentiated.
+
+    Returns:
+        The loss of each residual, in its shape and in the dtype that JAX promotes to.
+        NaN stays NaN, also as a slope; an infinite residual has the slope 1.
+
+    Raises:
+        ValueError: the shapes differ, or `delta` is not > 0 (traced: the result is NaN).
+        TypeError: complex or non-numeric input.
+
+    Source: Vapnik (1995), The Nature of Statistical Learning Theory.
+
+    >>> epsilon_insensitive(jnp.array([0.3, -2.0]), delta=0.5)
+    Array([0. , 1.5], dtype=float32)
+    """
+    return elementwise(_tube, predictions, targets, positive("delta", delta))
+
+
+def _tube(r: Array, delta: Array) -> Array:
+    return overshoot(r, finite(delta))
