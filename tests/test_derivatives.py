@@ -67,21 +67,24 @@ def test_every_nesting_to_third_order(name, order):
     """All orders in r and delta, in every order of arguments and of modes."""
     r = np.r_[R, SPECIAL]
     d = np.r_[D, np.full_like(SPECIAL, 1.5)] if name in SCALED else np.ones_like(r)
-    operators = (*MODES, jax.grad) if order < 3 else MODES
+    operators = (*MODES, jax.grad) if order == 1 else MODES
     nestings = list(itertools.product(operators, repeat=order))
-    if order == 3:  # all eight are slow to compile
-        nestings = [(jax.jacfwd, jax.jacrev, jax.jacfwd), (jax.jacrev, jax.jacfwd, jax.jacrev)]
-    indices = list(itertools.product((0, 1) if name in SCALED else (0,), repeat=order))
+    arguments = (0, 1) if name in SCALED else (0,)
+    cases = [(of, nestings) for of in itertools.product(arguments, repeat=order)]
+    if order == 3:  # all 64 are slow to compile; here, each argument is first and last
+        alternating = [(jax.jacfwd, jax.jacrev, jax.jacfwd), (jax.jacrev, jax.jacfwd, jax.jacrev)]
+        some = [(0, 0, 0), (1, 0, 0), (0, 1, 1), (1, 1, 1)][: 4 if name in SCALED else 1]
+        cases = [(of, [alternating[sum(of) % 2]]) for of in some]
 
     def derivatives(r, d):
-        return [[nested(of_two(name), ops, of)(r, d) for ops in nestings] for of in indices]
+        return [[nested(of_two(name), ops, of)(r, d) for ops in each] for of, each in cases]
 
     with jax.enable_x64(True):
         got = jax.device_get(jax.jit(jax.vmap(derivatives))(r, d))
-    for of, results in zip(indices, got, strict=True):
+    for (of, each), results in zip(cases, got, strict=True):
         n = sum(of)
         true = [expected(name, x, y, order - n, n) for x, y in zip(r, d, strict=True)]
-        for ops, result in zip(nestings, results, strict=True):
+        for ops, result in zip(each, results, strict=True):
             note = f"{[op.__name__ for op in ops]} of arguments {of}"
             # The truth has 50 digits, so what is 0 in it may show as 1e-51. Some derivatives
             # pass through 0 at |r| = delta, or are a difference of knots.
@@ -96,7 +99,9 @@ SPECIALS = [
     (name, dtype, delta)
     for name in NAMES
     for dtype in (jnp.float16, jnp.bfloat16, jnp.float32)
-    for delta in ((1.0, 0.37, 1e-30, 1e30) if dtype == jnp.float32 else (1.0, 0.37))
+    for delta in (
+        (1.0, 1e-30, 1e30) if dtype == jnp.float32 else (0.37,) if name in SCALED else (1.0,)
+    )
     if delta == 1 or name in SCALED
 ]
 

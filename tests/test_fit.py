@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from witnesses import LOSSES
 
 import robustloss as rl
 from experiments.data import load, names
@@ -20,6 +21,13 @@ from experiments.data import load, names
 OPTIMA = json.loads((Path(__file__).parent / "reference" / "optima.json").read_text())["datasets"]
 LBFGS = optax.lbfgs()
 KEY = jax.random.key(0)
+
+# A fit knows a loss by its values and slopes alone. These have what it could stumble over: no
+# bound, a kink, a flat tail, two sides.
+FEW = {
+    name: LOSSES[name]
+    for name in ("squared_error", "absolute_error", "huber", "tukey", "quantile(q=0.875)")
+}
 
 
 def half_squared(r):
@@ -91,7 +99,7 @@ def test_first_order_mae_is_near_its_exact_objective(name):
     assert bool(found.converged) <= (not OPTIMA[name]["mae"]["unique"])
 
 
-@pytest.mark.parametrize("loss", rl.LOSSES.values(), ids=rl.LOSSES)
+@pytest.mark.parametrize("loss", FEW.values(), ids=FEW)
 def test_value_and_history_are_what_they_say(loss):
     X, y = line()
     found = rl.fit(loss, plane, jnp.zeros(2), X, y, optimizer=optax.adam(0.1), steps=30)
@@ -136,7 +144,7 @@ def test_optimizers_agree(optimizer):
 def test_a_perfect_start_stays_and_a_perfect_fit_converges():
     X, _ = line()
     truth = jnp.array([1.0, 2.0])
-    for loss in rl.LOSSES.values():
+    for loss in FEW.values():
         stays = rl.fit(loss, plane, truth, X, X @ truth, optimizer=LBFGS, steps=10)
         assert stays.converged
         assert stays.steps == 0
@@ -168,7 +176,7 @@ def test_too_few_steps_and_broken_data_do_not_converge():
     ],
     ids=["far away", "one wild row", "warm-up from 0", "tiny steps"],
 )
-@pytest.mark.parametrize("loss", rl.LOSSES.values(), ids=rl.LOSSES)
+@pytest.mark.parametrize("loss", FEW.values(), ids=FEW)
 def test_never_converged_before_the_gradient_is_small(loss, target, optimizer):
     x = jnp.arange(12.0) / 6 - 1
     X, y = jnp.stack([jnp.ones(12), x], axis=1), target(x)
@@ -194,7 +202,7 @@ def test_a_start_at_the_optimum_converges():
 
 def test_nothing_finite_is_never_converged():
     y = jnp.array([jnp.inf, -jnp.inf])
-    for loss in rl.LOSSES.values():
+    for loss in (rl.squared_error, rl.absolute_error, rl.huber, rl.log_cosh):
         found = rl.fit(loss, lambda p, x: p * x, 0.0, y * 0 + 1, y, optimizer=LBFGS, steps=9)
         assert not found.converged
     X = jnp.full((2, 1), jnp.nan)

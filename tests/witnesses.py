@@ -368,6 +368,36 @@ def _quantile_huber(q: float) -> dict[str, Any]:
     }
 
 
+def _general(alpha: float) -> dict[str, Any]:
+    a, b, k = mpf(alpha), abs(mpf(alpha) - 2), mpf(alpha) / 2 - 1
+    b64, k64 = abs(alpha - 2), alpha / 2 - 1
+
+    def profile(u: mpf) -> Three:
+        q = 1 + u * u / b
+        f2 = q**k + 2 * k * u * u / b * q ** (k - 1)
+        f3 = 6 * k * u / b * q ** (k - 1) + 4 * k * (k - 1) * u**3 / b**2 * q ** (k - 2)
+        return u * q**k, f2, f3
+
+    def bulk(r: np.ndarray, d: float) -> Three:
+        y = (r / d) ** 2 / b64
+        log = np.log1p(y)
+        value = d * (d * (b64 / alpha) * np.expm1(alpha / 2 * log))
+        power = np.exp(k64 * log)
+        return value, r * power, power * (1 + 2 * k64 * y / (1 + y))
+
+    def terms(y: np.ndarray) -> np.ndarray:
+        return np.exp(k64 * np.log1p(y)) * (1 + abs(2 * k64) * y / (1 + y))
+
+    return {
+        "loss": "general",
+        "fixed": {"alpha": alpha},
+        "value": lambda r, d: d**2 * b / a * mp.expm1(a / 2 * mp.log1p((r / d) ** 2 / b)),
+        "profile": profile,
+        "bulk": bulk,
+        "size": lambda u: (0, 0, terms(u * u / b64) if alpha < 1 else 0),
+    }
+
+
 ALL = (
     Witness(
         "squared_error",
@@ -457,6 +487,8 @@ ALL = (
     Witness(**_quantile(0.5), ulps=(0.5, 0.5, 0.5)),
     Witness(**_quantile(0.875), ulps=(0.5, 0.5, 0.5)),
     Witness(**_expectile(0.25), ulps=(1.5, 0.5, 0.5)),
+    Witness(**_general(-1.5), ulps=(5.0, 5.0, 8.0)),
+    Witness(**_general(1.5), ulps=(5.0, 5.0, 8.0)),
     Witness(**_quantile_huber(0.875), ulps=(1.8, 0.51, 0.5)),
 )
 

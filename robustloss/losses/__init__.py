@@ -5,12 +5,13 @@ from types import MappingProxyType
 
 from jax import Array
 
-from robustloss.losses import asymmetric, convex, redescending
+from robustloss.losses import adaptive, asymmetric, convex, redescending
+from robustloss.losses.adaptive import *
 from robustloss.losses.asymmetric import *
 from robustloss.losses.convex import *
 from robustloss.losses.redescending import *
 
-FAMILIES = (convex, redescending, asymmetric)
+FAMILIES = (convex, redescending, asymmetric, adaptive)
 
 LOSSES: MappingProxyType[str, Callable[..., Array]] = MappingProxyType(
     {name: getattr(family, name) for family in FAMILIES for name in family.__all__}

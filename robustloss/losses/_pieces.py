@@ -62,6 +62,7 @@ def careful_ratio(r: Array, delta: Array) -> tuple[Array, Array, Array, Array, A
     """
     a, delta = finite(jnp.abs(r)), finite(delta)
     t, lost_t = quotient(jnp.minimum(a, delta), jnp.maximum(a, delta))
+    t = jnp.where(jnp.isinf(r), 0, t)
     t2, lost_t2 = product(t, t)
     lost_t2 = lost_t2 + 2 * t * lost_t
     q = 1 + t2

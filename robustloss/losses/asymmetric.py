@@ -55,8 +55,8 @@ def quantile(
 
     Source: Koenker and Bassett (1978), Econometrica 46, 33-50.
 
-    >>> quantile(jnp.array([-2.0, 3.0]), q=0.9)
-    Array([1.8, 0.3], dtype=float32)
+    >>> quantile(jnp.array([-2.0, 3.0]), q=0.75)
+    Array([1.5 , 0.75], dtype=float32)
     """
     share, law = _share(q), "must be in [-q, 1 - q]"
     slope = constrained("kink", law, lambda k, q: (k >= -q) & (k <= 1 - q), kink, q)

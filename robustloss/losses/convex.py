@@ -429,7 +429,7 @@ def fair(
 
     Source: Fair (1974), Annals of Economic and Social Measurement 3, 667-677.
 
-    >>> influence(fair, jnp.array([0.0, 1.0, -3.0]))
+    >>> rl.influence(fair, jnp.array([0.0, 1.0, -3.0]))
     Array([ 0.  ,  0.5 , -0.75], dtype=float32)
     """
     return elementwise(_fair, predictions, targets, positive("delta", delta))

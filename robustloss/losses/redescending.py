@@ -64,8 +64,8 @@ def cauchy(
     Source: Black and Anandan (1996), Computer Vision and Image Understanding 63, 75-104; the
     likelihood of Student's t with one degree of freedom.
 
-    >>> influence(cauchy, jnp.array([0.5, 1.0, -3.0]))
-    Array([ 0.4,  0.5, -0.3], dtype=float32)
+    >>> rl.influence(cauchy, jnp.array([0.0, 1.0, -2.0])).round(3)
+    Array([ 0. ,  0.5, -0.4], dtype=float32)
     """
     return elementwise(_cauchy, predictions, targets, positive("delta", delta))
 
@@ -227,8 +227,8 @@ def welsch(
 
     Source: Dennis and Welsch (1978), Communications in Statistics B 7, 345-359.
 
-    >>> welsch(jnp.array([0.0, 1.0, jnp.inf]))
-    Array([0.       , 0.3160603, 0.5      ], dtype=float32)
+    >>> welsch(jnp.array([0.0, 1.0, jnp.inf])).round(5)
+    Array([0.     , 0.31606, 0.5    ], dtype=float32)
     """
     return elementwise(_welsch, predictions, targets, positive("delta", delta))
 
@@ -325,8 +325,8 @@ def tukey(
 
     Source: Beaton and Tukey (1974), Technometrics 16, 147-185.
 
-    >>> tukey(jnp.array([0.0, 1.0, 9.0]), delta=3.0)
-    Array([0.        , 0.44650206, 1.5       ], dtype=float32)
+    >>> rl.influence(tukey, jnp.array([0.0, 0.5, 9.0]))
+    Array([0.     , 0.28125, 0.     ], dtype=float32)
     """
     return elementwise(_tukey, predictions, targets, positive("delta", delta))
 
@@ -403,8 +403,8 @@ def andrews(
     Source: Andrews et al. (1972), Robust Estimates of Location; Andrews (1974), Technometrics
     16, 523-531.
 
-    >>> andrews(jnp.array([0.0, 1.0, 9.0]))
-    Array([0.        , 0.45969766, 2.        ], dtype=float32)
+    >>> andrews(jnp.array([0.0, 1.0, 9.0])).round(5)
+    Array([0.    , 0.4597, 2.    ], dtype=float32)
     """
     return elementwise(_andrews, predictions, targets, positive("delta", delta))
 
@@ -491,7 +491,7 @@ def hampel(
         knots: three numbers 0 < a <= b < c, in units of `delta`; with the default
             `delta=1.0` they are the knots themselves. Each broadcasts to the residual and
             can be differentiated. R's MASS takes (2, 4, 8); the default is robustbase's,
-            where 95 % efficiency at the normal is at `delta=0.9016`.
+            where 95 % efficiency at the normal is at `delta=0.9014`.
 
     Returns:
         The loss of each residual, in its shape and in the dtype that JAX promotes to.
@@ -505,7 +505,7 @@ def hampel(
     Source: Hampel (1974), Journal of the American Statistical Association 69, 383-393;
     Andrews et al. (1972), Robust Estimates of Location.
 
-    >>> influence(hampel, jnp.array([1.0, 2.0, 5.75, -9.0]))
+    >>> rl.influence(hampel, jnp.array([1.0, 2.0, 5.75, -9.0]))
     Array([1.  , 1.5 , 0.75, 0.  ], dtype=float32)
     """
     if len(knots) != 3:

@@ -1,0 +1,852 @@
+"""Adaptive losses: one `alpha` runs from half the squared error through all degrees of robustness.
+
+`general` is the loss and its limits are the losses of the other families. The likelihoods are
+losses with their normaliser, so that a shape and a scale can be learned along with a model:
+without it, the largest scale and the smallest alpha would always win.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from robustloss.losses._elementwise import (
+    between,
+    elementwise,
+    positive,
+    product,
+    with_partials,
+)
+from robustloss.losses._pieces import atanh_series, polynomial
+from robustloss.losses.convex import absolute_error
+
+__all__ = ["gaussian_nll", "general", "general_nll", "laplace_nll", "student_t_nll"]
+
+
+def general(
+    predictions: ArrayLike,
+    targets: ArrayLike | None = None,
+    *,
+    alpha: ArrayLike,
+    delta: ArrayLike = 1.0,
+) -> Array:
+    """Barron's general loss, `delta**2 b / alpha ((1 + u**2 / b)**(alpha / 2) - 1)`.
+
+    Here `u = r / delta` and `b = |alpha - 2|`. The smaller alpha, the less a large residual
+    counts; where the formula is 0 / 0, its limit is meant. Near 0 it is `r**2 / 2`.
+
+    | alpha | the loss |
+    |---|---|
+    | inf | `delta**2 (exp(u**2 / 2) - 1)` |
+    | 2 | half the squared error |
+    | 1 | `pseudo_huber`, with the same delta |
+    | 0 | `cauchy`, with delta sqrt(2) |
+    | -2 | `geman_mcclure`, with 2 delta |
+    | -inf | `welsch`, with delta sqrt(2) |
+
+    The influence is `r (1 + u**2 / b)**(alpha / 2 - 1)`. It never decreases for alpha >= 1.
+
+    The derivative by alpha is positive. At alpha = 2 it grows like `log(1 / b)` from both
+    sides and truly is infinite: `inf` is what you get, 0 at r = 0, and NaN for the second.
+    What learns alpha has to stay off 2, as the example of `general_nll` does.
+
+    Args:
+        predictions: real numbers of any shape; with `targets=None`, the residual itself.
+        targets: of exactly the same shape, or None.
+        alpha: the shape, any number in [-inf, inf]; broadcasts to the residual and can be
+            differentiated.
+        delta: where the loss starts to bend, > 0, in the residual's units; broadcasts to the
+            residual and can be differentiated.
+
+    Returns:
+        The loss of each residual, in its shape and in the dtype that JAX promotes to.
+        NaN stays NaN; at an infinite residual every derivative is its limit.
+
+    Raises:
+        ValueError: the shapes differ, `alpha` is NaN, or `delta` is not > 0 (traced: the
+            result is NaN).
+        TypeError: complex or non-numeric input.
+
+    Source: Barron (2019), A General and Adaptive Robust Loss Function, CVPR; times delta**2.
+
+    >>> [round(float(general(0.75, alpha=alpha)), 4) for alpha in (2, 1, 0, -jnp.inf)]
+    [0.2812, 0.25, 0.2478, 0.2452]
+    >>> round(float(jax.grad(lambda alpha: general(1.5, alpha=alpha))(0.0)), 6)
+    0.029863
+    """
+    inf = math.inf
+    return elementwise(
+        _general, predictions, targets, between("alpha", alpha, -inf, inf), positive("delta", delta)
+    )
+
+
+# With w = 1 + u**2 / b, L = log w and beta = 2 - alpha, all is made of powers of w: the slope
+# is r E, E = w**(-beta / 2) = exp(-beta L / 2), and the value grows with exp(h), h = alpha L / 2.
+# h reaches hundreds, and its rounding is an error of the power: so L is a sum of two numbers.
+# A power, or u**2, leaves the range of floats before the loss does: so exponents are kept apart.
+
+
+@with_partials(
+    lambda r, alpha, d: _slope(r, alpha, d),
+    lambda r, alpha, d: _by_alpha(r, alpha, d),
+    lambda r, alpha, d: _by_delta(r, alpha, d),
+)
+def _general(r: Array, alpha: Array, delta: Array) -> Array:
+    beta, lost = _two_minus_exactly(alpha)
+    b, w = jnp.abs(beta + lost), _one_plus_square(r, beta, lost, delta)
+    growth, exponent = _exp_ratio(*_times(0.5 * _clamped(alpha, _HUGE), 0.0, w))
+    (m, e), (scale, e_scale) = jnp.frexp(_tame(r)), jnp.frexp(_finite(delta))
+    # (r**2 / 2) (L / y) growth, y = u**2 / b, where L = y to the last digit; else delta**2 b L / 2.
+    tiny = w.y < 0.5 * jnp.finfo(r.dtype).eps
+    mantissa = 0.5 * jnp.where(tiny, m * m, scale * scale * (b * (w.log + w.lost))) * growth
+    value = _scaled(mantissa, exponent + 2 * jnp.where(tiny, e, e_scale))
+    value = jnp.where((alpha == 2) & ~jnp.isnan(value), (0.5 * r) * r, value)
+    limit = jnp.where(alpha < 0, delta * (delta * (1 - 2 / _negative(alpha))), jnp.inf)
+    return _at_infinity(r, limit, value)
+
+
+@with_partials(
+    lambda r, alpha, d: _curvature(r, alpha, d),
+    lambda r, alpha, d: _slope_by_alpha(r, alpha, d),
+    lambda r, alpha, d: _slope_by_delta(r, alpha, d),
+)
+def _slope(r: Array, alpha: Array, delta: Array) -> Array:
+    beta, lost = _two_minus_exactly(alpha)
+    w = _one_plus_square(r, beta, lost, delta)
+    power, exponent = _exp(*_times(-0.5 * beta, -0.5 * lost, w))
+    m, e = jnp.frexp(jnp.abs(_tame(r)))
+    limit = jnp.where(alpha == 1, delta, _sign_infinity(alpha - 1))
+    size = _at_infinity(r, jnp.maximum(limit, 0), _scaled(m * power, exponent + e))
+    return jnp.sign(r) * size
+
+
+@with_partials(
+    lambda r, alpha, d: _third(r, alpha, d),
+    lambda r, alpha, d: _curvature_by_alpha(r, alpha, d),
+    lambda r, alpha, d: -_ratio(r, d) * _third(r, alpha, d),
+)
+def _curvature(r: Array, alpha: Array, delta: Array) -> Array:
+    """E (1 - beta t), t = 1 - 1 / w."""
+    beta, lost = _two_minus_exactly(alpha)
+    w = _one_plus_square(r, beta, lost, delta)
+    power, exponent = _exp(*_times(-0.5 * beta, -0.5 * lost, w))
+    inner = (alpha >= 1) & (alpha <= 2)  # there, without a difference
+    bend = jnp.where(inner, (_clamped(alpha, 4) - 1) + beta * w.inverse, 1 - beta * w.t)
+    limit = jnp.where(alpha == 2, 1, jnp.where(alpha > 2, jnp.inf, 0))
+    return _at_infinity(r, limit, _scaled(power * bend, exponent))
+
+
+def _third(r: Array, alpha: Array, delta: Array) -> Array:
+    beta = _two_minus(alpha)
+    b, t = jnp.abs(beta), _fraction_of(r, alpha, delta)
+    factor = 3 * _inverse(r, b, delta) + (1 - beta) * t
+    return -_per(beta * t, r) * _power(r, alpha, delta) * factor
+
+
+def _curvature_by_alpha(r: Array, alpha: Array, delta: Array) -> Array:
+    beta = _two_minus(alpha)
+    L, t = _log(r, jnp.abs(beta), delta), _fraction(r, jnp.abs(beta), delta)
+    by_alpha = _power(r, alpha, delta) * (0.5 * _tail(L) * (1 - beta * t) + t * t)
+    return _at_two(r, alpha, by_alpha, jnp.inf)
+
+
+@with_partials(
+    lambda r, alpha, d: _curvature_by_alpha(r, alpha, d),
+    lambda r, alpha, d: _slope_by_alpha2(r, alpha, d),
+    lambda r, alpha, d: _slope_by_alpha_delta(r, alpha, d),
+)
+def _slope_by_alpha(r: Array, alpha: Array, delta: Array) -> Array:
+    """r E (L - t) / 2."""
+    beta = _two_minus(alpha)
+    x = _tame(r)
+    by_alpha = 0.5 * _slope(x, alpha, delta) * _tail(_log(x, jnp.abs(beta), delta))
+    sign = jnp.sign(r)
+    limit = jnp.where(alpha < 1, 0, sign * jnp.inf)
+    return _at_infinity(r, limit, _at_two(r, alpha, by_alpha, sign * jnp.inf))
+
+
+@with_partials(
+    lambda r, alpha, d: -_ratio(r, d) * _third(r, alpha, d),
+    lambda r, alpha, d: _slope_by_alpha_delta(r, alpha, d),
+    lambda r, alpha, d: _ratio(r, d) ** 2 * _third(r, alpha, d),
+)
+def _slope_by_delta(r: Array, alpha: Array, delta: Array) -> Array:
+    """r E beta t / delta."""
+    beta = _two_minus(alpha)
+    x = _tame(r)
+    by_delta = _slope(x, alpha, delta) / delta * (beta * _fraction(x, jnp.abs(beta), delta))
+    limit = jnp.where(alpha == 1, 1, jnp.where(alpha < 1, 0, _sign_infinity(2 - alpha)))
+    return _at_two(r, alpha, _at_infinity(r, jnp.sign(r) * limit, by_delta), 0.0)
+
+
+# What alpha and delta do to the value are integrals over x from 0 to L, a = alpha / 2:
+#   d / d alpha = delta**2 (b / 4) I,  I = integral of exp(a x) (x - 1 + exp(-x)),
+#   d / d delta = delta (beta b / 2) T,  T = integral of exp(a x) (1 - exp(-x)).
+# Nothing in them cancels, and parts give closed forms in moments of the exponential function.
+
+
+@with_partials(
+    lambda r, alpha, d: _slope_by_alpha(r, alpha, d),
+    lambda r, alpha, d: _by_alpha2(r, alpha, d),
+    lambda r, alpha, d: _by_alpha_delta(r, alpha, d),
+)
+def _by_alpha(r: Array, alpha: Array, delta: Array) -> Array:
+    beta = _two_minus(alpha)
+    b = jnp.abs(beta)
+    L = _log(_tame(r), b, delta)
+    a = 0.5 * _clamped(alpha, _HUGE)
+    integral = (0.25 * b * L) * _inner_integral(L, a, b)
+    by_alpha = (delta * L * integral) * (delta * L) * jnp.exp(_above_0(a * L))
+    limit = jnp.where(alpha < 0, 2 * (delta / _negative(alpha)) ** 2, jnp.inf)
+    return _at_infinity(r, limit, _at_two(r, alpha, by_alpha, jnp.inf))
+
+
+@with_partials(
+    lambda r, alpha, d: _slope_by_delta(r, alpha, d),
+    lambda r, alpha, d: _by_alpha_delta(r, alpha, d),
+    lambda r, alpha, d: _by_delta2(r, alpha, d),
+)
+def _by_delta(r: Array, alpha: Array, delta: Array) -> Array:
+    beta, delta = _two_minus(alpha), _finite(delta)
+    b = jnp.abs(beta)
+    L = _log(_tame(r), b, delta)
+    integral, growth = _outer_integral(L, 0.5 * _clamped(alpha, _HUGE), b)
+    by_delta = delta * (0.5 * b * L) * (beta * L) * integral * growth
+    limit = jnp.where(alpha < 0, 2 * delta * (1 - 2 / _negative(alpha)), _sign_infinity(2 - alpha))
+    return _at_two(r, alpha, _at_infinity(r, limit, by_delta), 0.0)
+
+
+@with_partials(
+    lambda r, alpha, d: _slope_by_alpha2(r, alpha, d),
+    lambda r, alpha, d: _by_alpha3(r, alpha, d),
+    lambda r, alpha, d: (2 * _by_alpha2(r, alpha, d) - r * _slope_by_alpha2(r, alpha, d)) / d,
+)
+def _by_alpha2(r: Array, alpha: Array, delta: Array) -> Array:
+    """(+-delta**2 / 4) times: integral of x**2 exp(a x), minus exp(h) (L - t)**2."""
+    beta = _two_minus(alpha)
+    L = _log(_tame(r), jnp.abs(beta), delta)
+    h = 0.5 * _clamped(alpha, _HUGE) * L
+    shift = _above_0(h)
+    square = jnp.exp(h - shift) * L * _moment(1, L, L) ** 2
+    by_alpha2 = (0.25 * jnp.sign(beta) * L) * (_moment(2, h, shift) - square)
+    by_alpha2 = (delta * L * by_alpha2) * (delta * L) * jnp.exp(shift)
+    limit = -4 * (delta / _negative(alpha)) ** 2 / _negative(alpha)
+    limit = jnp.where(alpha < 0, limit, jnp.inf)
+    return _at_two(r, alpha, _at_infinity(r, limit, by_alpha2), jnp.nan)
+
+
+@with_partials(
+    lambda r, alpha, d: _slope_by_alpha_delta(r, alpha, d),
+    lambda r, alpha, d: (2 * _by_alpha2(r, alpha, d) - r * _slope_by_alpha2(r, alpha, d)) / d,
+    lambda r, alpha, d: (_by_alpha_delta(r, alpha, d) - r * _slope_by_alpha_delta(r, alpha, d)) / d,
+)
+def _by_alpha_delta(r: Array, alpha: Array, delta: Array) -> Array:
+    x = _tame(r)
+    mixed = (2 * _by_alpha(x, alpha, delta) - x * _slope_by_alpha(x, alpha, delta)) / delta
+    mixed = jnp.where(alpha == 2, -0.5 * x * _ratio(x, delta), mixed)
+    far = jnp.where(alpha < 2, jnp.inf, -jnp.inf)
+    limit = jnp.where(alpha < 0, 4 * (delta / _negative(alpha)) / _negative(alpha), far)
+    return _at_infinity(r, limit, mixed)
+
+
+@with_partials(
+    lambda r, alpha, d: _ratio(r, d) ** 2 * _third(r, alpha, d),
+    lambda r, alpha, d: (_by_alpha_delta(r, alpha, d) - r * _slope_by_alpha_delta(r, alpha, d)) / d,
+    lambda r, alpha, d: -(_ratio(r, d) ** 3) * _third(r, alpha, d),
+)
+def _by_delta2(r: Array, alpha: Array, delta: Array) -> Array:
+    x, beta = _tame(r), _two_minus(alpha)
+    b = jnp.abs(beta)
+    by_delta = _by_delta(x, alpha, delta) / delta
+    by_delta2 = by_delta - _ratio(x, delta) * _slope_by_delta(x, alpha, delta)
+    # Next to alpha = 1 both grow with r, and their difference does not.
+    L, near = _log(x, b, delta), jnp.abs(alpha - 1) < 0.5
+    a = jnp.where(near, 0.5 * alpha, 0) - 1
+    integral, growth = _outer_integral(L, a, 2 - 2 * a)
+    other = (0.5 * b * L) * (beta * L) * integral * growth * (4 - alpha)
+    by_delta2 = jnp.where(near, (1 - alpha) * by_delta - other, by_delta2)
+    far = jnp.where(alpha == 1, -2, _sign_infinity((2 - alpha) * (1 - alpha)))
+    limit = jnp.where(alpha < 0, 2 * (1 - 2 / _negative(alpha)), far)
+    return _at_two(r, alpha, _at_infinity(r, limit, by_delta2), 0.0)
+
+
+def _slope_by_alpha2(r: Array, alpha: Array, delta: Array) -> Array:
+    beta = _two_minus(alpha)
+    tail, t = _tail(_log_of(r, alpha, delta)), _fraction_of(r, alpha, delta)
+    return _slope(r, alpha, delta) * (0.25 * tail**2 + 0.5 * t * (t / beta))
+
+
+def _slope_by_alpha_delta(r: Array, alpha: Array, delta: Array) -> Array:
+    beta = _two_minus(alpha)
+    tail, t = _tail(_log_of(r, alpha, delta)), _fraction_of(r, alpha, delta)
+    return _slope(r, alpha, delta) / delta * (0.5 * beta * t * tail - t * t)
+
+
+def _by_alpha3(r: Array, alpha: Array, delta: Array) -> Array:
+    beta = _two_minus(alpha)
+    L, t = _log_of(r, alpha, delta), _fraction_of(r, alpha, delta)
+    h = 0.5 * _clamped(alpha, _HUGE) * L
+    shift = _above_0(h)
+    cubes = jnp.exp(h - shift) * (_tail(L) ** 3 - 2 * t**2 * (t / beta))
+    by_alpha3 = jnp.sign(beta) / 8 * (L**4 * _moment(3, h, shift) - cubes)
+    return delta * (delta * by_alpha3) * jnp.exp(shift)
+
+
+def _outer_integral(L: Array, a: Array, b: Array) -> tuple[Array, Array]:
+    """T / L**2, for b = 2 |1 - a|, as a product."""
+    h, shift = a * L, _above_0(a * L)
+    far = (_moment(0, h, shift) - _moment(0, (a - 1) * L, shift)) / jnp.where(L > 1, L, 1)
+    parts = jnp.exp(h - shift) * _moment(1, L, L) - h * _inner_integral(L, a, b)
+    return jnp.where((a > 0) & (L > 1), far, parts), jnp.exp(shift)
+
+
+def _inner_integral(L: Array, a: Array, b: Array) -> Array:
+    """I / L**3 exp(max(h, 0)), for b = 2 |1 - a|."""
+    h, shift = a * L, _above_0(a * L)
+    scaled = jnp.exp(h - shift)
+    parts = (scaled * _moment(2, L, L) - a * _moment(2, h, shift)) / b
+    # Next to alpha = 2 these differ by next to nothing; there a series in L, and beyond it
+    # the three terms of I.
+    near, c = b < 1, jnp.where(b < 1, a, 1)
+    series, term, p, q = jnp.zeros_like(L), jnp.full_like(L, 1 / 6), (c - 1) ** 2, c
+    for n in range(3, _TERMS[L.dtype.name]):
+        series, term = series + term * (p + q * (n - 1 - c)), term * jnp.minimum(L, 1) / (n + 1)
+        p, q = p * (c - 1), q * c
+    far = (_moment(0, h - L, shift) - _moment(0, h, shift) + L * _moment(1, h, shift)) / jnp.where(
+        L < 1, 1, L
+    ) ** 2
+    sign = jnp.where(a > 1, -1.0, 1.0)
+    return jnp.where(near, jnp.where(L < 1, series * jnp.exp(-shift), far), sign * parts)
+
+
+def _moment(k: int, x: Array, shift: Array) -> Array:
+    """Integral of v**k exp(x v - shift) over v from 0 to 1."""
+    small, constant = jnp.abs(x) < 2, jnp.exp(-shift)
+    y, far = jnp.where(small, x, 0), jnp.where(small, 1, x)
+    top, closed = jnp.exp(x - shift), jnp.zeros_like(x)
+    for j in range(k + 1):
+        closed = (top - (j * closed if j else constant)) / far
+    terms = range(_TERMS[x.dtype.name])
+    coefficients = tuple(1 / (math.factorial(n) * (n + k + 1)) for n in terms)
+    return jnp.where(small, constant * polynomial(y, coefficients), closed)
+
+
+def _tail(L: Array) -> Array:
+    """L - t = L - 1 + exp(-L)."""
+    return L**2 * _moment(1, L, L)
+
+
+def gaussian_nll(
+    predictions: ArrayLike, targets: ArrayLike | None = None, *, scale: ArrayLike = 1.0
+) -> Array:
+    """Negative log-likelihood of a normal error, `u**2 / 2 + log(scale) + log(2 pi) / 2`.
+
+    Here `u = r / scale`. With a scale to learn, it estimates the standard deviation.
+
+    Args:
+        predictions: real numbers of any shape; with `targets=None`, the residual itself.
+        targets: of exactly the same shape, or None.
+        scale: the standard deviation, > 0, in the residual's units; broadcasts to the
+            residual and can be differentiated.
+
+    Returns:
+        The loss of each residual, in its shape and in the dtype that JAX promotes to; below 0
+        where the density is above 1. NaN stays NaN; an infinite residual costs infinity.
+
+    Raises:
+        ValueError: the shapes differ, or `scale` is not > 0 (traced: the result is NaN).
+        TypeError: complex or non-numeric input.
+
+    Source: Gauss (1809), Theoria motus.
+
+    >>> gaussian_nll(jnp.array([0.0, 2.0]))
+    Array([0.9189385, 2.9189386], dtype=float32)
+    """
+    return elementwise(_gaussian, predictions, targets, positive("scale", scale))
+
+
+def _gaussian(r: Array, scale: Array) -> Array:
+    u = _ratio(r, scale)
+    return (0.5 * u) * u + (jnp.log(scale) + 0.5 * math.log(2 * math.pi))
+
+
+def laplace_nll(
+    predictions: ArrayLike, targets: ArrayLike | None = None, *, scale: ArrayLike = 1.0
+) -> Array:
+    """Negative log-likelihood of a Laplace error, `|u| + log(2 scale)`.
+
+    Here `u = r / scale`. With a scale to learn, it estimates the mean absolute error. At r = 0
+    the derivative is taken as 0.
+
+    Args:
+        predictions: real numbers of any shape; with `targets=None`, the residual itself.
+        targets: of exactly the same shape, or None.
+        scale: the mean of `|r|`, > 0, in the residual's units; broadcasts to the residual and
+            can be differentiated.
+
+    Returns:
+        The loss of each residual, in its shape and in the dtype that JAX promotes to; below 0
+        where the density is above 1. NaN stays NaN, also as a slope.
+
+    Raises:
+        ValueError: the shapes differ, or `scale` is not > 0 (traced: the result is NaN).
+        TypeError: complex or non-numeric input.
+
+    Source: Laplace (1774), Mémoire sur la probabilité des causes par les événements.
+
+    >>> laplace_nll(jnp.array([0.0, 2.0]))
+    Array([0.6931472, 2.6931472], dtype=float32)
+    """
+    return elementwise(_laplace, predictions, targets, positive("scale", scale))
+
+
+def _laplace(r: Array, scale: Array) -> Array:
+    return _ratio(absolute_error(r), scale) + (jnp.log(scale) + math.log(2))
+
+
+def student_t_nll(
+    predictions: ArrayLike,
+    targets: ArrayLike | None = None,
+    *,
+    df: ArrayLike,
+    scale: ArrayLike = 1.0,
+) -> Array:
+    """Negative log-likelihood of an error with Student's t-distribution.
+
+    `(df + 1) / 2 log(1 + u**2 / df) + log(scale) + log(df) / 2 + log B(df / 2, 1 / 2)` with
+    `u = r / scale`. At df = 1 it is that of a Cauchy error, at df = inf `gaussian_nll`.
+
+    Args:
+        predictions: real numbers of any shape; with `targets=None`, the residual itself.
+        targets: of exactly the same shape, or None.
+        df: the degrees of freedom, > 0; broadcasts to the residual and can be differentiated.
+        scale: the scale of the distribution, > 0, in the residual's units (the standard
+            deviation is `scale sqrt(df / (df - 2))`); broadcasts to the residual and can be
+            differentiated.
+
+    Returns:
+        The loss of each residual, in its shape and in the dtype that JAX promotes to; below 0
+        where the density is above 1. NaN stays NaN; an infinite residual costs infinity.
+
+    Raises:
+        ValueError: the shapes differ, or `df` or `scale` is not > 0 (traced: the result is
+            NaN).
+        TypeError: complex or non-numeric input.
+
+    Source: Student (1908), Biometrika 6, 1-25; Lange, Little and Taylor (1989), JASA 84,
+    881-896.
+
+    >>> student_t_nll(jnp.array([0.0, 2.0]), df=1.0).round(5)
+    Array([1.14473, 2.75417], dtype=float32)
+    """
+    return elementwise(
+        _student_t, predictions, targets, positive("df", df), positive("scale", scale)
+    )
+
+
+def _student_t(r: Array, df: Array, scale: Array) -> Array:
+    normaliser = jnp.log(scale) + (0.5 * math.log(2 * math.pi) + _student_t_excess(df))
+    normal = jnp.isinf(df)
+    u = _ratio(jnp.where(normal, r, 0), scale)
+    distance = _student_t_distance(jnp.where(normal, 0, r), df, scale)
+    return (0.5 * u) * u + distance + normaliser
+
+
+@with_partials(
+    lambda r, df, s: (_clamped(df, _HUGE) + 1) * _pull(r, _clamped(df, _HUGE), s),
+    lambda r, df, s: _student_t_by_df(r, _clamped(df, _HUGE), s),
+    lambda r, df, s: -(_clamped(df, _HUGE) + 1) * _fraction(r, _clamped(df, _HUGE), s) / s,
+)
+def _student_t_distance(r: Array, df: Array, scale: Array) -> Array:
+    """(df + 1) / 2 log(1 + u**2 / df)."""
+    df = _clamped(df, _HUGE)
+    return (0.5 * df + 0.5) * _log(r, df, scale)
+
+
+def _student_t_by_df(r: Array, df: Array, scale: Array) -> Array:
+    """(log w - t) / 2 - t / (2 df)."""
+    return 0.5 * (_tail(_log(r, df, scale)) - _fraction(r, df, scale) / df)
+
+
+def _student_t_excess(df: Array) -> Array:
+    """log gamma(x) - log gamma(x + 1 / 2) + log(x) / 2, x = df / 2: what is not the normal's."""
+    x = 0.5 * _clamped(df, _HUGE)
+    # Stirling's series holds from 12 on; below, the gammas are those of x + 12 over a product.
+    large, small = x > 12, jnp.where(x > 12, 1, x)
+    up = math.prod(((small + (k + 0.5)) / (small + k) for k in range(1, 12)), start=small + 0.5)
+    shift = jnp.where(large, 0, jnp.log(up / jnp.sqrt(small * (small + 12))))
+    y = 1 / jnp.where(large, x, small + 12)
+    return y * polynomial(y * y, _STIRLING) + shift
+
+
+_STIRLING = (1 / 8, -1 / 192, 1 / 640, -17 / 14336, 31 / 18432, -691 / 180224)
+
+
+def general_nll(
+    predictions: ArrayLike,
+    targets: ArrayLike | None = None,
+    *,
+    alpha: ArrayLike,
+    scale: ArrayLike = 1.0,
+) -> Array:
+    """Negative log-likelihood of Barron's family, `general(u) + log(scale) + log Z(alpha)`.
+
+    Here `u = r / scale` and `general` has this alpha and delta 1. At alpha = 2 it is
+    `gaussian_nll`, at 0 the likelihood of a Cauchy error of scale `sqrt(2) scale`, between
+    them the tails grow heavier as alpha falls. Below 0 there is no such distribution.
+
+    Z(alpha) is the integral of `exp(-general(u))`, by the trapezoidal rule: 1e-14 in float64,
+    1e-7 in float32. Its derivative is finite at alpha = 0 and -inf at 2, where that of
+    `general` is inf: at alpha = 2 exactly, their sum is NaN for r != 0.
+
+    Args:
+        predictions: real numbers of any shape; with `targets=None`, the residual itself.
+        targets: of exactly the same shape, or None.
+        alpha: the shape, in [0, 2]; broadcasts to the residual and can be differentiated.
+        scale: the scale, > 0, in the residual's units; broadcasts to the residual and can be
+            differentiated.
+
+    Returns:
+        The loss of each residual, in its shape and in the dtype that JAX promotes to; below 0
+        where the density is above 1. NaN stays NaN; an infinite residual costs infinity.
+
+    Raises:
+        ValueError: the shapes differ, `alpha` is outside [0, 2], or `scale` is not > 0
+            (traced: the result is NaN).
+        TypeError: complex or non-numeric input.
+
+    Source: Barron (2019), A General and Adaptive Robust Loss Function, CVPR.
+
+    How to learn alpha and the scale along with a model: `docs/adaptive.md`. In short, let free
+    parameters be mapped to alpha in (0, 2) and to a scale > 0:
+
+    >>> def loss(free, r):
+    ...     alpha, scale = 0.001 + 1.998 * jax.nn.sigmoid(free[0]), jnp.exp(free[1])
+    ...     return rl.mean(functools.partial(rl.general_nll, alpha=alpha, scale=scale), r)
+    """
+    return elementwise(
+        _general_nll,
+        predictions,
+        targets,
+        between("alpha", alpha, 0.0, 2.0),
+        positive("scale", scale),
+    )
+
+
+def _general_nll(r: Array, alpha: Array, scale: Array) -> Array:
+    return _general_distance(r, alpha, scale) + (jnp.log(scale) + _log_partition(alpha))
+
+
+@with_partials(
+    lambda r, alpha, s: _slope(_ratio(r, s), alpha, jnp.ones_like(s)) / s,
+    lambda r, alpha, s: _by_alpha(_ratio(r, s), alpha, jnp.ones_like(s)),
+    lambda r, alpha, s: -_moved(_ratio(r, s), alpha) / s,
+)
+def _general_distance(r: Array, alpha: Array, scale: Array) -> Array:
+    """The general loss of r / scale."""
+    return _general(_ratio(r, scale), alpha, jnp.ones_like(scale))
+
+
+def _moved(u: Array, alpha: Array) -> Array:
+    """u times the slope at u, for alpha in [0, 2]."""
+    x = _tame(u)
+    moved = x * _slope(x, alpha, jnp.ones_like(alpha))
+    return _at_infinity(u, jnp.where(alpha > 0, jnp.inf, 2), moved)
+
+
+def _log_partition(alpha: Array) -> Array:
+    """log Z(alpha), Z the integral of exp(-general(u)) over all u, for alpha in [0, 2].
+
+    With u = sqrt(b) sinh(v) the integrand is analytic about the real axis and dies out at its
+    ends, so that the trapezoidal rule converges geometrically: Trefethen and Weideman (2014),
+    SIAM Review 56, 385-458. All derivatives are those of `general` at the nodes.
+    """
+    nodes, weights = _nodes(lax.stop_gradient(alpha)[..., None])
+    density = jnp.exp(-_general(nodes, alpha[..., None], jnp.ones_like(alpha)[..., None]))
+    terms = weights * density
+    short = jnp.round(terms * 2**14) / 2**14  # a sum of these is exact, or sqrt(150) ulps go
+    Z, lost = _sum(jnp.sum(short, axis=-1), jnp.sum(terms - short, axis=-1))
+    return math.log(4) + (jnp.log(Z / 4) + lost / Z)
+
+
+def _nodes(alpha: Array) -> tuple[Array, Array]:
+    """The rule for alpha of shape (..., 1). Its steps are short numbers: no rounding there."""
+    info = jnp.finfo(alpha.dtype)
+    b = jnp.maximum(2 - alpha, float(info.eps))  # and the largest power of 2 up to its root:
+    root = _scaled(jnp.ones_like(b), (jnp.frexp(b)[1] - 1) >> 1)
+    # At the last node the density is about eps**2: it no longer counts, nor is it 0.
+    far, a = -2.2 * math.log(info.eps), jnp.maximum(alpha, float(info.tiny) ** 0.5)
+    last = jnp.log1p(a * (far / b)) / a + jnp.log(2 * jnp.sqrt(b) / root)
+    h = lax.reduce_precision(last / _NODES, info.nexp, 8)
+    k = jnp.arange(_NODES + 1, dtype=alpha.dtype)
+    up, down = jnp.exp(h * k), jnp.exp(-h * k)  # XLA's sinh and cosh are rougher
+    weights = jnp.where(k == 0, 0.5 * root, root) * h * (up + down)
+    return 0.5 * root * (up - down), weights
+
+
+_NODES = 150
+
+
+# Below, w = 1 + y, y = (r / delta)**2 / b.
+
+
+def _root(r: Array, b: Array, delta: Array) -> Array:
+    """sqrt(y)."""
+    return jnp.abs(r) / delta / jnp.sqrt(b)
+
+
+@with_partials(
+    lambda r, b, d: 2 * _pull(r, b, d),
+    lambda r, b, d: -_fraction(r, b, d) / b,
+    lambda r, b, d: -2 * _fraction(r, b, d) / d,
+)
+def _log(r: Array, b: Array, delta: Array) -> Array:
+    """L = log w."""
+    q = _root(r, b, delta)
+    far = 2 * (jnp.log(jnp.abs(r)) - jnp.log(delta)) - jnp.log(b)
+    return jnp.where(q > 2.0**30, far, jnp.log1p(q * q))
+
+
+@with_partials(
+    lambda r, b, d: 2 * _pull(r, b, d) * _inverse(r, b, d),
+    lambda r, b, d: -_fraction(r, b, d) * _inverse(r, b, d) / b,
+    lambda r, b, d: -2 * _fraction(r, b, d) * _inverse(r, b, d) / d,
+)
+def _fraction(r: Array, b: Array, delta: Array) -> Array:
+    """t = y / w."""
+    q = _root(r, b, delta)
+    s = jnp.where(q > 1, 1 / q, q) ** 2
+    return jnp.where(q > 1, 1, s) / (1 + s)
+
+
+@with_partials(
+    lambda r, b, d: -2 * _pull(r, b, d) * _inverse(r, b, d),
+    lambda r, b, d: _fraction(r, b, d) * _inverse(r, b, d) / b,
+    lambda r, b, d: 2 * _fraction(r, b, d) * _inverse(r, b, d) / d,
+)
+def _inverse(r: Array, b: Array, delta: Array) -> Array:
+    """1 / w."""
+    q = _root(r, b, delta)
+    s = jnp.where(q > 1, 1 / q, q) ** 2
+    return jnp.where(q > 1, s, 1) / (1 + s)
+
+
+@with_partials(
+    lambda r, b, d: _inverse(r, b, d) * (1 - 2 * _fraction(r, b, d)) / b / d / d,
+    lambda r, b, d: -_pull(r, b, d) * _inverse(r, b, d) / b,
+    lambda r, b, d: -2 * _pull(r, b, d) * _inverse(r, b, d) / d,
+)
+def _pull(r: Array, b: Array, delta: Array) -> Array:
+    """t / r."""
+    near = _ratio(r, delta) / b * _inverse(r, b, delta) / delta
+    return jnp.where(_root(r, b, delta) > 1, _fraction(r, b, delta) / r, near)
+
+
+@with_partials(
+    lambda r, alpha, d: (
+        -_per(_two_minus(alpha) * _fraction_of(r, alpha, d), r) * _power(r, alpha, d)
+    ),
+    lambda r, alpha, d: 0.5 * _tail(_log_of(r, alpha, d)) * _power(r, alpha, d),
+    lambda r, alpha, d: _two_minus(alpha) * _fraction_of(r, alpha, d) * _power(r, alpha, d) / d,
+)
+def _power(r: Array, alpha: Array, delta: Array) -> Array:
+    """E = w**(-beta / 2)."""
+    beta, lost = _two_minus_exactly(alpha)
+    w = _one_plus_square(r, beta, lost, delta)
+    return _scaled(*_exp(*_times(-0.5 * beta, -0.5 * lost, w)))
+
+
+def _fraction_of(r: Array, alpha: Array, delta: Array) -> Array:
+    return _fraction(r, jnp.abs(_two_minus(alpha)), delta)
+
+
+def _log_of(r: Array, alpha: Array, delta: Array) -> Array:
+    return _log(r, jnp.abs(_two_minus(alpha)), delta)
+
+
+# Arithmetic with more digits and more exponents than a float has.
+
+
+class _OnePlus(NamedTuple):
+    """w = 1 + y."""
+
+    y: Array
+    log: Array
+    lost: Array
+    """What `log` lost by rounding."""
+    t: Array
+    """y / w"""
+    inverse: Array
+    """1 / w"""
+
+
+def _one_plus_square(r: Array, b: Array, lost: Array, delta: Array) -> _OnePlus:
+    """w = 1 + (r / delta)**2 / |b + lost|, for any finite delta and b, and r of any size."""
+    (m, e), (scale, e_scale) = jnp.frexp(_finite(jnp.abs(r))), jnp.frexp(_finite(delta))
+    lost, (b, e_b) = lost / b, jnp.frexp(jnp.abs(b))
+    # y = f 2**k, f in (1/4, 8), and what f lost.
+    u, lost_u = _quotient(m, scale)
+    square, lost_square = product(u, u)
+    f, lost_f = _quotient(square, b)
+    lost_f = lost_f + (lost_square + 2 * u * lost_u) / b - f * lost
+    k = jnp.where(f == 0, 0, 2 * (e - e_scale) - e_b)
+    # w = 2**j (1 + n), n in [sqrt(1/2) - 1, sqrt(2) - 1].
+    f, e_f = jnp.frexp(f)
+    k, lost_f = k + e_f, _scaled(lost_f, -e_f)
+    above = jnp.maximum(k, 0)
+    _, j = jnp.frexp((_scaled(f, k - above) + _scaled(jnp.ones_like(f), -above)) * math.sqrt(2))
+    j = above + j - 1
+    info = jnp.finfo(f.dtype)
+    scaled = _scaled(f, k - j)
+    half = lax.reduce_precision(scaled, info.nexp, info.nmant // 2)
+    one = _scaled(jnp.ones_like(f), -j)
+    n, lost_n = _sum(jnp.where(j == 0, 0, half - 1), jnp.where(j == 0, half, one))
+    n, lost_n = _sum(n, (scaled - half) + (lost_n + _scaled(lost_f, k - j)))
+    # log(1 + n) = 2 atanh(s), s = n / (2 + n).
+    d, lost_d = _sum(jnp.full_like(n, 2), n)
+    s, lost_s = _quotient(n, d)
+    lost_s = lost_s + (lost_n - s * (lost_d + lost_n)) / d
+    high, low = _LN2[f.dtype.name]
+    log, lost_log = _sum(j.astype(f.dtype) * high, 2 * s)
+    lost_log = lost_log + (
+        j.astype(f.dtype) * low + 2 * (lost_s + s * (s * s) * atanh_series(s * s))
+    )
+    inverse = _scaled(1 / (1 + n), -j)
+    y = _scaled(f, k)
+    t = jnp.where(j < 20, y * inverse, 1 - inverse)
+    return _OnePlus(y, *_sum(log, lost_log), t, inverse)
+
+
+def _times(p: Array, lost: ArrayLike, w: _OnePlus) -> tuple[Array, Array]:
+    """(p + lost) log w, in two numbers."""
+    h, lost_h = product(p, w.log)
+    return h, lost_h + p * w.lost + lost * w.log
+
+
+def _exp(h: Array, lost: Array) -> tuple[Array, Array]:
+    """exp(h + lost) as a number near 1 and an exponent of 2."""
+    high, low = _LN2[h.dtype.name]
+    h, lost = _clamped(h, _FAR[h.dtype.name]), _clamped(lost, 1)
+    n = jnp.round(h / math.log(2))
+    return jnp.exp((h - n * high) + (lost - n * low)), n.astype(jnp.int32)
+
+
+def _exp_ratio(h: Array, lost: Array) -> tuple[Array, Array]:
+    """(exp(h + lost) - 1) / h as a number and an exponent of 2."""
+    near = jnp.abs(h) < 2
+    # Near 0 it is exp(h / 2) sinh(h / 2) / (h / 2).
+    half = 0.5 * jnp.where(near, h, 0)
+    terms = 6 if h.dtype == jnp.float32 else 10
+    series = polynomial(half * half, tuple(1 / math.factorial(2 * k + 1) for k in range(terms)))
+    power, n = _exp(h, lost)
+    above = jnp.maximum(n, 0)
+    far = (_scaled(power, n - above) - _scaled(jnp.ones_like(h), -above)) / jnp.where(
+        near, 1, h + lost
+    )
+    ratio = jnp.where(near, jnp.exp(half + 0.5 * lost) * series, far)
+    return ratio, jnp.where(near, 0, above)
+
+
+def _sum(x: Array, y: Array) -> tuple[Array, Array]:
+    """`x + y` rounded to one bit less than x has, and what that took from it, for |x| >= |y|.
+
+    Without the bit less, a compiler would take (y + 2) - 2 for y.
+    """
+    info = jnp.finfo(y.dtype)
+    s = lax.reduce_precision(x + y, info.nexp, info.nmant - 1)
+    return s, y - (s - x)
+
+
+def _quotient(x: Array, y: Array) -> tuple[Array, Array]:
+    """`x / y` and what rounding took from it, for numbers near 1."""
+    q = x / y
+    p, lost = product(q, y)
+    return q, ((x - p) - lost) / y
+
+
+def _scaled(x: Array, n: Array) -> Array:
+    """`x 2**n` for any integers n, rounded once."""
+    info = jnp.finfo(x.dtype)
+    integer = jnp.int32 if info.bits == 32 else jnp.int64
+    n = jnp.clip(n, 2 * info.minexp, 2 * info.maxexp - 2).astype(integer)
+
+    def power(n: Array) -> Array:
+        return lax.bitcast_convert_type((n + (info.maxexp - 1)) << info.nmant, x.dtype)
+
+    return x * power(n >> 1) * power(n - (n >> 1))
+
+
+def _two_minus(alpha: Array) -> Array:
+    """beta; next to 0 at alpha = 2 and finite at infinity."""
+    beta = 2 - _clamped(alpha, _HUGE)
+    return jnp.where(beta == 0, 1 / _HUGE, beta)
+
+
+def _two_minus_exactly(alpha: Array) -> tuple[Array, Array]:
+    """The same in two numbers."""
+    minus, two = -_clamped(alpha, _HUGE), jnp.full_like(alpha, 2)
+    large = jnp.abs(minus) > 2
+    beta, lost = _sum(jnp.where(large, minus, two), jnp.where(large, two, minus))
+    return jnp.where(beta == 0, 1 / _HUGE, beta), lost
+
+
+def _clamped(x: Array, limit: float) -> Array:
+    """`x` within +-limit; NaN stays NaN, which a minimum may lose."""
+    return jnp.where(jnp.abs(x) > limit, jnp.copysign(jnp.full_like(x, limit), x), x)
+
+
+def _finite(x: Array) -> Array:
+    return _clamped(x, float(jnp.finfo(x.dtype).max))
+
+
+def _tame(r: Array) -> Array:
+    """r, but 0 where it is infinite and a limit takes the formula's place."""
+    return jnp.where(jnp.isinf(r), 0, r)
+
+
+def _above_0(h: Array) -> Array:
+    """max(h, 0), a constant to differentiation."""
+    return lax.stop_gradient(jnp.where(h > 0, h, 0))
+
+
+def _negative(alpha: Array) -> Array:
+    """alpha where it is < 0, and -1 elsewhere, so that nothing is divided by 0."""
+    return jnp.where(alpha < 0, alpha, -1)
+
+
+def _sign_infinity(x: Array) -> Array:
+    """The limit of `x s` as s grows."""
+    return jnp.where(x == 0, 0, jnp.copysign(jnp.inf, x))
+
+
+def _at_infinity(r: Array, limit: ArrayLike, formula: Array) -> Array:
+    """The limit where |r| is infinite, but for a formula that says NaN."""
+    return jnp.where(jnp.isinf(r) & ~jnp.isnan(formula), limit, formula)
+
+
+def _at_two(r: Array, alpha: Array, formula: Array, limit: ArrayLike) -> Array:
+    """The limit at alpha = 2, but for r = 0 and a formula that says NaN."""
+    return jnp.where((alpha == 2) & (r != 0) & ~jnp.isnan(formula), limit, formula)
+
+
+def _per(x: Array, r: Array) -> Array:
+    """`x / r`, and 0 at r = 0."""
+    return x / jnp.where(r == 0, 1, r)
+
+
+@with_partials(lambda r, d: jnp.ones_like(r) / d, lambda r, d: -_ratio(r, d) / d)
+def _ratio(r: Array, delta: Array) -> Array:
+    return r / delta
+
+
+_HUGE = 2.0**80  # from where alpha is infinite to every digit; 2 +- 1 / _HUGE is 2
+_FAR = {"float32": 2e3, "float64": 8e3}  # exp of it is out of range even times delta**2
+_TERMS = {"float32": 16, "float64": 27}  # of series in |x| < 2
+_LN2 = {  # its high part times any exponent is exact
+    "float32": (0.693115234375, 3.1946184945309415e-05),
+    "float64": (6.93147180369123816490e-01, 1.90821492927058770002e-10),
+}
