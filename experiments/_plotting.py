@@ -30,4 +30,9 @@ def color(name: str) -> str:
 
 def line(name: str) -> dict[str, object]:
     """The colour and dashes of a loss."""
-    return {"color": color(name), "linestyle": DASHES[list(rl.LOSSES).index(name) % len(DASHES)]}
+    return style(list(rl.LOSSES).index(name))
+
+
+def style(i: int) -> dict[str, object]:
+    """The i-th pair of colour and dashes."""
+    return {"color": COLORS[i % len(COLORS)], "linestyle": DASHES[i % len(DASHES)]}

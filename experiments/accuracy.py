@@ -2,15 +2,15 @@
 
 Compares float32 with the textbook formula in float64, in units in the last place (ulp), over
 a dense sample of all float32 numbers or over every one (`--exhaustive`), beside the losses of
-optax; and all 65,536 numbers of float16 and of bfloat16. Results below the smallest normal
-number, which XLA on a CPU flushes to 0, are left out.
+optax; and all numbers of float16 and of bfloat16. Where a curve passes through 0 away from
+r = 0, the unit is that of the terms whose difference it is. Left out are numbers, and results,
+below twice the smallest normal number, which XLA on a CPU flushes to 0.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 import robustloss as rl
-from experiments import UsageError, _results
+from experiments import Progress, UsageError, _results
+from experiments._losses import EXAMPLES, example, with_delta
 
 VIEWS = ("value", "slope", "curvature")
 LIMITS = {  # what this library promises, in ulp of float32
@@ -35,15 +36,27 @@ LIMITS = {  # what this library promises, in ulp of float32
     "huber": (1.6, 0.51, 0.51),
     "log_cosh": (3.0, 2.2, 5.0),
     "pseudo_huber": (3.0, 3.5, 4.0),
+    "fair": (3.3, 1.6, 5.5),
+    "epsilon_insensitive": (0.51, 0.5, 0.5),
+    "cauchy": (4.5, 3.2, 6.5),
+    "geman_mcclure": (2.6, 3.4, 5.2),
+    "welsch": (3.8, 4.4, 7.8),
+    "tukey": (4.0, 4.7, 4.4),
+    "andrews": (3.5, 2.4, 2.2),
+    "hampel": (3.5, 1.5, 0.7),
+    "talwar": (0.51, 0.5, 0.5),
+    "quantile": (0.51, 0.5, 0.5),
+    "expectile": (1.5, 0.51, 0.5),
+    "quantile_huber": (1.8, 0.51, 0.5),
+    "general": (5.0, 5.0, 8.0),
 }
 HALF_LIMIT = 0.51
 OTHERS = {
-    "optax.squared_error": ("squared_error", optax.squared_error),
-    "optax.huber_loss": ("huber", optax.huber_loss),
-    "optax.log_cosh": ("log_cosh", optax.log_cosh),
+    "optax.squared_error": ("squared_error", lambda delta: optax.squared_error),
+    "optax.huber_loss": ("huber", lambda delta: partial(optax.huber_loss, delta=delta)),
+    "optax.log_cosh": ("log_cosh", lambda delta: optax.log_cosh),
 }
 CHUNK = 2**22
-Progress = Callable[[float, str], None]
 
 
 @dataclass(frozen=True)
@@ -82,14 +95,14 @@ def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
         raise UsageError(f"--delta must be a positive number, got {config.delta}.")
     stride = 1 if config.exhaustive else 1021
     numbers = -(-(2**32) // stride)
-    cases = {name: (name, loss) for name, loss in rl.LOSSES.items()}
+    cases = {name: (name, partial(with_delta, name)) for name in LIMITS}
     cases |= OTHERS if config.others else {}
     chunks = -(-numbers // CHUNK)
     kept = _unfinished(config)
     done = _continued(kept, config)
     with jax.enable_x64(True):
         for i, (case, (name, loss)) in enumerate(cases.items()):
-            measure = _measure(_fixed(loss, config.delta), _truth(name, config.delta))
+            measure = _measure(loss(config.delta), _truth(name, config.delta))
             for chunk in range(done.get(case, {}).get("chunks", 0), chunks):
                 progress((i + chunk / chunks) / len(cases), case)
                 worst = measure(chunk * CHUNK, numbers, stride)
@@ -100,7 +113,7 @@ def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
                     _keep(kept, config, done)
         half = {
             dtype.__name__: {
-                case: _half(_fixed(loss, config.delta), _truth(name, config.delta), dtype)
+                case: _half(loss(config.delta), _truth(name, config.delta), dtype)
                 for case, (name, loss) in cases.items()
             }
             for dtype in (jnp.float16, jnp.bfloat16)
@@ -120,7 +133,8 @@ def check(result: Result) -> None:
                 worst = losses[name][view]
                 assert worst.ulp <= HALF_LIMIT, f"{name}, {dtype}: {worst}"
                 assert not worst.wrong, f"{name}, {dtype}: {worst}"
-    assert set(LIMITS) == set(rl.LOSSES), "a loss without limits in experiments/accuracy.py"
+    measured = {name for name in rl.LOSSES if example(name)(0.0) == 0}  # not the likelihoods
+    assert set(LIMITS) == measured, "a loss without limits in experiments/accuracy.py"
 
 
 def show(result: Result, console: Console) -> None:
@@ -128,8 +142,8 @@ def show(result: Result, console: Console) -> None:
     console.print(_table(result))
     console.print(
         f"- The worst of {result.numbers:,} float32 numbers, and of all 65,536 of each 16-bit "
-        "type; 'wrong' counts results that are NaN or negative and must not be, or that over- "
-        "or underflow on their own.",
+        "type, but for the subnormal ones; 'wrong' counts results that are NaN or of the wrong "
+        "sign, or that over- or underflow on their own.",
         highlight=False,
     )
 
@@ -152,62 +166,142 @@ def folder(config: Config) -> Path:
     return config.out or Path("results") / "accuracy"
 
 
-def _truth(name: str, delta: float) -> tuple[Callable[[Array], Array], ...]:
-    """The textbook's value, slope and curvature for r >= 0, in float64."""
+def _truth(name: str, delta: float) -> Callable[[Array], tuple[Array, ...]]:
+    """The textbook in float64: value, slope, curvature, and the terms of the last two."""
     d = float(np.float32(delta))
+    profile = PROFILES[name]
 
-    def tail(r: Array) -> Array:
-        return jnp.exp(-2 * r / d)
+    def truth(r: Array) -> tuple[Array, ...]:
+        u = jnp.abs(r) / d
+        f, f1, f2, *terms = profile(u)
+        terms1, terms2 = terms or (0 * u, 0 * u)
+        side = jnp.where(r > 0, 1 - Q, jnp.where(r < 0, Q, 0.5))
+        times = {"quantile": side, "expectile": 2 * side, "quantile_huber": 2 * side}
+        w = times.get(name, 1.0)
+        p = 1 if name in ("absolute_error", "quantile", "epsilon_insensitive") else 2
+        units = d**p * w, d ** (p - 1) * w, d ** (p - 2) * w
+        scaled = units[0] * f, units[1] * jnp.sign(r) * f1, units[2] * f2
+        return *scaled, units[1] * terms1, units[2] * terms2
 
-    def log_cosh(r: Array) -> Array:
-        s = jnp.expm1(-jnp.minimum(r / d, 5))
-        near = jnp.log1p(s * s / (2 * (1 + s)))  # cosh u - 1 = expm1(-u)^2 e^u / 2
-        return d * d * jnp.where(r < 5 * d, near, r / d - jnp.log(2) + jnp.log1p(tail(r)))
-
-    def root(r: Array) -> Array:
-        return jnp.sqrt(1 + (r / d) ** 2)
-
-    return {
-        "squared_error": (lambda r: r * r, lambda r: 2 * r, lambda r: 2 + 0 * r),
-        "absolute_error": (lambda r: r, jnp.sign, lambda r: 0 * r),
-        "huber": (
-            lambda r: jnp.where(r <= d, r * r / 2, d * (r - d / 2)),
-            lambda r: jnp.minimum(r, d),
-            lambda r: jnp.where(r <= d, 1.0, 0.0),
-        ),
-        "log_cosh": (
-            log_cosh,
-            lambda r: d * jnp.where(r < d, jnp.tanh(r / d), (1 - tail(r)) / (1 + tail(r))),
-            lambda r: 4 * tail(r) / (1 + tail(r)) ** 2,
-        ),
-        "pseudo_huber": (
-            lambda r: r * r / (1 + root(r)),
-            lambda r: r / root(r),
-            lambda r: root(r) ** -3.0,
-        ),
-    }[name]
+    return truth
 
 
-def _views(loss: Callable[..., Array]) -> Iterator[tuple[Callable[[Array], Array], float]]:
-    """The three views with what r -> -r does to their sign."""
-    yield loss, 1.0
-    yield partial(rl.influence, loss), -1.0
-    yield partial(rl.curvature, loss), 1.0
+Q = EXAMPLES["quantile"]["q"]
+
+
+def _huber(u: Array) -> tuple[Array, ...]:
+    near = u <= 1
+    return jnp.where(near, u * u / 2, u - 0.5), jnp.minimum(u, 1), jnp.where(near, 1.0, 0.0)
+
+
+def _log_cosh(u: Array) -> tuple[Array, ...]:
+    s, tail = jnp.expm1(-jnp.minimum(u, 5)), jnp.exp(-2 * u)
+    near = jnp.log1p(s * s / (2 * (1 + s)))  # cosh u - 1 = expm1(-u)^2 e^u / 2
+    value = jnp.where(u < 5, near, u - jnp.log(2) + jnp.log1p(tail))
+    slope = jnp.where(u < 1, jnp.tanh(u), (1 - tail) / (1 + tail))
+    return value, slope, 4 * tail / (1 + tail) ** 2
+
+
+def _pseudo_huber(u: Array) -> tuple[Array, ...]:
+    root = jnp.sqrt(1 + u * u)
+    return u * u / (1 + root), u / root, root**-3.0
+
+
+def _fair(u: Array) -> tuple[Array, ...]:
+    x = jnp.minimum(u, 0.1)
+    near = sum((-x) ** k / k for k in range(14, 1, -1))
+    return jnp.where(u < 0.1, near, u - jnp.log1p(u)), u / (1 + u), (1 + u) ** -2.0
+
+
+def _cauchy(u: Array) -> tuple[Array, ...]:
+    w = 1 / (1 + u * u)
+    return jnp.log1p(u * u) / 2, u * w, (1 - u * u) * w * w, 0 * u, w
+
+
+def _geman_mcclure(u: Array) -> tuple[Array, ...]:
+    z, w = u * u, 1 / (1 + u * u)
+    return z * w / 2, u * w * w, (1 - 3 * z) * w * w * w, 0 * u, (1 + 3 * z) * w * w * w
+
+
+def _welsch(u: Array) -> tuple[Array, ...]:
+    z = jnp.minimum(u * u, 1e3)
+    e = jnp.exp(-z)
+    return -jnp.expm1(-z) / 2, u * e, (1 - 2 * z) * e, 0 * u, (1 + 2 * z) * e
+
+
+def _tukey(u: Array) -> tuple[Array, ...]:
+    x = jnp.minimum(u, 1)
+    z, q = x * x, (1 - x) * (1 + x)
+    return z * (3 - 3 * z + z * z) / 6, x * q * q, q * (1 - 5 * z), 0 * u, q * (1 + 5 * z)
+
+
+def _andrews(u: Array) -> tuple[Array, ...]:
+    x, inside = jnp.minimum(u, jnp.pi), u <= jnp.pi
+    terms = jnp.where(u > 1.5, 1.0, 0.0)
+    slope, bend = jnp.where(inside, jnp.sin(x), 0), jnp.where(inside, jnp.cos(x), 0)
+    return 2 * jnp.sin(x / 2) ** 2, slope, bend, terms, 1 + 0 * u
+
+
+def _hampel(u: Array) -> tuple[Array, ...]:
+    a, b, c = 1.5, 3.5, 8.0
+    x = jnp.minimum(u, c)
+    fall = jnp.where(x > b, (c - x) / (c - b), 1.0)
+    bent = a * (jnp.minimum(x, b) - a / 2 + (c - b) / 2 * (1 - fall**2))
+    bend = jnp.where(u <= a, 1.0, jnp.where((u > b) & (u <= c), -a / (c - b), 0.0))
+    terms = jnp.where((u > b) & (u < 1.001 * c), a * c / (c - b), 0.0)
+    return jnp.where(x <= a, x * x / 2, bent), jnp.minimum(x, a) * fall, bend, terms, 0 * u
+
+
+def _talwar(u: Array) -> tuple[Array, ...]:
+    inside = jnp.where(u <= 1, 1.0, 0.0)
+    return jnp.minimum(u, 1) ** 2 / 2, jnp.where(u <= 1, u, 0), inside
+
+
+def _general(u: Array) -> tuple[Array, ...]:
+    alpha = EXAMPLES["general"]["alpha"]
+    b, z = abs(alpha - 2), u * u / abs(alpha - 2)
+    power = (1 + z) ** (alpha / 2 - 1)
+    bend = power * (1 + (alpha - 2) * z / (1 + z))
+    return b / alpha * jnp.expm1(alpha / 2 * jnp.log1p(z)), u * power, bend, 0 * u, power
+
+
+PROFILES: dict[str, Callable[[Array], tuple[Array, ...]]] = {
+    "squared_error": lambda u: (u * u, 2 * u, 2 + 0 * u),
+    "absolute_error": lambda u: (u, jnp.sign(u), 0 * u),
+    "quantile": lambda u: (u, jnp.sign(u), 0 * u),
+    "expectile": lambda u: (u * u / 2, u, 1 + 0 * u),
+    "epsilon_insensitive": lambda u: (
+        jnp.maximum(u - 1, 0),
+        jnp.where(u > 1, 1.0, 0.0),
+        0 * u,
+    ),
+    "huber": _huber,
+    "quantile_huber": _huber,
+    "log_cosh": _log_cosh,
+    "pseudo_huber": _pseudo_huber,
+    "fair": _fair,
+    "cauchy": _cauchy,
+    "geman_mcclure": _geman_mcclure,
+    "welsch": _welsch,
+    "tukey": _tukey,
+    "andrews": _andrews,
+    "hampel": _hampel,
+    "talwar": _talwar,
+    "general": _general,
+}
+"""f, f', f'' at u >= 0, and the terms of f', f'' where they pass through 0 elsewhere."""
+
+
+def _views(loss: Callable[..., Array]) -> list[Callable[[Array], Array]]:
+    return [loss, partial(rl.influence, loss), partial(rl.curvature, loss)]
 
 
 def _measure(loss: Callable[..., Array], truth: Any) -> Callable[..., list[Worst]]:
-    views = list(_views(loss))
-
     @jax.jit
     def measure(first: Array, numbers: Array, stride: Array) -> list[tuple[Array, ...]]:
         index = first + jnp.arange(CHUNK, dtype=jnp.int64)
         r = jax.lax.bitcast_convert_type((index * stride).astype(jnp.uint32), jnp.float32)
-        real = jnp.isfinite(r) & (index < numbers)
-        r = jnp.where(real, r, 1.0)
-        return [
-            _compare(view(r), true(jnp.abs(r.astype(jnp.float64))), r, sign)
-            for (view, sign), true in zip(views, truth, strict=True)
-        ]
+        return _compare(loss, truth, jnp.where(index < numbers, r, 1.0))
 
     def worst(*arguments: int) -> list[Worst]:
         return [Worst(float(u), float(x), int(n)) for u, x, n in measure(*arguments)]
@@ -217,36 +311,35 @@ def _measure(loss: Callable[..., Array], truth: Any) -> Callable[..., list[Worst
 
 def _half(loss: Callable[..., Array], truth: Any, dtype: Any) -> dict[str, Worst]:
     r = jax.lax.bitcast_convert_type(jnp.arange(2**16, dtype=jnp.uint16), dtype)
-    r = r[jnp.isfinite(r)]
-    found = {}
-    for name, (view, sign), true in zip(VIEWS, _views(loss), truth, strict=True):
-        u, x, n = _compare(view(r), true(jnp.abs(r.astype(jnp.float64))), r, sign)
-        found[name] = Worst(float(u), float(x), int(n))
+    found = jax.jit(partial(_compare, loss, truth))(r)
+    worst = [Worst(float(u), float(x), int(n)) for u, x, n in found]
+    return dict(zip(VIEWS, worst, strict=True))
+
+
+def _compare(loss: Callable[..., Array], truth: Any, r: Array) -> list[tuple[Array, ...]]:
+    """Of each view the worst error in ulp, where, and how many results are wrong altogether."""
+    smallest = float(jnp.finfo(jnp.float32).smallest_normal)
+    wide = r.astype(jnp.float64)
+    subnormal = (jnp.abs(wide) < smallest) & (wide != 0)
+    r = jnp.where(jnp.isfinite(wide) & ~subnormal, r, 1)
+    value, slope, bend, *terms = truth(r.astype(jnp.float64))
+    trues = ((value, 0 * value), (slope, terms[0]), (bend, terms[1]))
+    found = []
+    for view, (true, size) in zip(_views(loss), trues, strict=True):
+        got, info = view(r), jnp.finfo(r.dtype)
+        got = got.astype(jnp.float64)
+        unit = jnp.minimum(jnp.maximum(jnp.abs(true), size), float(info.max))
+        step = 2.0 ** (jnp.maximum(jnp.frexp(unit)[1] - 1, info.minexp) - info.nmant)
+        overflows = jnp.abs(true) >= float(info.max) + 2.0 ** (info.maxexp - 2 - info.nmant)
+        flushed = jnp.abs(true) < 2 * smallest  # of float32, and so of bfloat16
+        ulp = jnp.where(flushed | overflows, 0.0, jnp.abs(got - true) / step)
+        ulp = jnp.where(jnp.isfinite(ulp), ulp, jnp.inf)
+        wrong = jnp.isnan(got) | ((got * true < 0) & (ulp > 1))
+        wrong |= flushed & (jnp.abs(got) > jnp.maximum(2 * smallest, float(info.smallest_normal)))
+        wrong |= overflows & ~(jnp.abs(got) >= float(info.max))
+        at = jnp.argmax(ulp)
+        found.append((ulp[at], r[at].astype(jnp.float64), jnp.sum(wrong)))
     return found
-
-
-def _compare(got: Array, true: Array, r: Array, sign: float) -> tuple[Array, Array, Array]:
-    """The worst error in ulp, where, and how many results are wrong altogether."""
-    info = jnp.finfo(got.dtype)
-    got, true = got.astype(jnp.float64), jnp.where(r < 0, sign, 1.0) * true
-    size = jnp.abs(true)
-    step = 2.0 ** (jnp.maximum(jnp.frexp(size)[1] - 1, info.minexp) - info.nmant)
-    overflows = size >= float(info.max) + 2.0 ** (info.maxexp - 1 - info.nmant - 1)
-    # XLA on a CPU flushes what is subnormal in float32, and so in bfloat16.
-    flushed = size < float(jnp.finfo(jnp.float32).smallest_normal)
-    exact = flushed | overflows
-    ulp = jnp.where(exact, 0.0, jnp.abs(got - true) / step)
-    ulp = jnp.where(jnp.isfinite(ulp), ulp, jnp.inf)
-    wrong = jnp.isnan(got) | (jnp.sign(got) * jnp.sign(true) < 0)
-    wrong |= flushed & (jnp.abs(got) > float(info.smallest_normal))
-    wrong |= overflows & ~(jnp.abs(got) >= float(info.max))
-    at = jnp.argmax(ulp)
-    return ulp[at], r[at].astype(jnp.float64), jnp.sum(wrong)
-
-
-def _fixed(loss: Callable[..., Array], delta: float) -> Callable[..., Array]:
-    has = "delta" in inspect.signature(loss).parameters
-    return partial(loss, delta=delta) if has else loss
 
 
 def _merge(a: Worst, b: Worst) -> Worst:

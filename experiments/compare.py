@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import csv
 import difflib
-import inspect
 import io
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -32,24 +30,15 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 import robustloss as rl
-from experiments import UsageError, _plotting, _results
+from experiments import Progress, UsageError, _plotting, _results
+from experiments._losses import has_delta, title, tuned, with_delta
 from experiments.data import Data, load, read_csv
+from robustloss.losses import redescending
 
-TUNING = {"huber": 1.344998, "log_cosh": 1.204707, "pseudo_huber": 1.287099}
-"""Of the losses with a `delta`: 95 % efficient at the normal (each solves E psi'^2 / E psi^2)."""
-
-TITLES = {
-    "squared_error": "MSE",
-    "absolute_error": "MAE",
-    "log_cosh": "log-cosh",
-    "pseudo_huber": "pseudo-Huber",
-}
+COMPARED = ("absolute_error", "huber", "log_cosh", "pseudo_huber", "squared_error")
 ALIASES = {"mse": "squared_error", "mae": "absolute_error"}
 FEW = 80  # rows that can still be told apart along an axis
 LOW = 0.5  # a row that counts less than this share of a typical row is named
-
-
-Progress = Callable[[float, str], None]  # the share that is done, and what is done next
 
 
 @dataclass(frozen=True)
@@ -66,8 +55,8 @@ class Config:
     """The columns of --csv to predict it from; all others by default."""
     drop_missing: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Leave out the rows of --csv with blanks instead of refusing the file."""
-    losses: tuple[str, ...] = tuple(rl.LOSSES)
-    """The losses to compare."""
+    losses: tuple[str, ...] = COMPARED
+    """The losses to compare, any of `robustloss.LOSSES`."""
     scale: float | None = None
     """The scale of the residuals, in units of the target; estimated by default."""
     steps: int = 5000
@@ -96,6 +85,7 @@ class Result(NamedTuple):
     steps: np.ndarray
     converged: np.ndarray
     kinked: np.ndarray  # whether a loss has no slope at its minimum
+    drifts: np.ndarray  # by how much of itself the objective fell in the last tenth of the steps
     seconds: np.ndarray
 
 
@@ -126,8 +116,8 @@ def _run(config: Config, data: Data, names: tuple[str, ...], progress: Progress)
 
     seconds: dict[str, float] = {}
 
-    def fit(name: str, delta: float) -> rl.Fit:
-        loss = _loss(name, delta)
+    def fit(name: str, delta: float, start: np.ndarray = start) -> rl.Fit:
+        loss = with_delta(name, delta)
         optimizer = kinked if _has_kink(loss) else smooth
         begin = time.perf_counter()
         found = jax.block_until_ready(
@@ -145,15 +135,18 @@ def _run(config: Config, data: Data, names: tuple[str, ...], progress: Progress)
     deltas, fits = [], []
     for i, name in enumerate(names):
         progress((1 + i) / (2 + len(names)), name)
-        deltas.append(TUNING[name] * unit if _has_delta(name) else np.nan)
-        fits.append(fit(name, deltas[-1]))
+        deltas.append(tuned(name, efficiency=0.95) * unit)
+        # A redescending loss has more than one minimum: the one near Huber's fit is meant.
+        redescends = name in redescending.__all__
+        robust = fit("huber", tuned("huber", efficiency=0.95) * unit) if redescends else None
+        fits.append(fit(name, deltas[-1], start if robust is None else robust.params))
 
     slopes = np.array([f.params for f in fits]) * target_spread
     slopes[:, 1:] /= spread
     slopes[:, 0] += target_center - slopes[:, 1:] @ center
-    residuals = slopes[:, :1] + slopes[:, 1:] @ data.X.T - data.y
+    residuals = (np.array([f.params for f in fits]) @ X.T - y) * target_spread
     deltas = np.array(deltas) * target_spread
-    losses = [_loss(name, delta) for name, delta in zip(names, deltas, strict=True)]
+    losses = [with_delta(name, delta) for name, delta in zip(names, deltas, strict=True)]
     return Result(
         data=data,
         losses=names,
@@ -168,16 +161,19 @@ def _run(config: Config, data: Data, names: tuple[str, ...], progress: Progress)
         steps=np.array([f.steps for f in fits]),
         converged=np.array([f.converged for f in fits]),
         kinked=np.array([_has_kink(f) for f in losses]),
+        drifts=np.array([_drift(f) for f in fits]),
         seconds=np.array([seconds[name] for name in names]),
     )
 
 
 def check(result: Result) -> None:
-    """All have converged, and none is smaller at another loss's fit than at its own."""
+    """All have converged, and no convex loss is smaller at another's fit than at its own."""
     for name, converged, kinked in zip(result.losses, result.converged, result.kinked, strict=True):
         assert kinked or converged, f"{name} did not converge; raise --steps"
     for i, name in enumerate(result.losses):
-        loss = _loss(name, result.deltas[i])
+        if name in redescending.__all__:
+            continue  # it may well have a lower minimum that follows the outliers
+        loss = with_delta(name, result.deltas[i])
         with jax.enable_x64(True):
             best = min(float(rl.mean(loss, r)) for r in result.residuals)
             constant = float(rl.mean(loss, result.data.y - np.median(result.data.y)))
@@ -211,8 +207,8 @@ def findings(result: Result) -> list[str]:
             "loss can tell a bad leverage point from a good one, and all of them give way to it: "
             f"look at {'it' if len(unseen) == 1 else 'them'} before you trust a number here."
         )
-    for name, converged, kinked, steps in zip(
-        result.losses, result.converged, result.kinked, result.steps, strict=True
+    for name, converged, kinked, steps, drift in zip(
+        result.losses, result.converged, result.kinked, result.steps, result.drifts, strict=True
     ):
         if kinked and converged:
             said.append(
@@ -222,8 +218,8 @@ def findings(result: Result) -> list[str]:
         elif kinked:
             said.append(
                 f"{title(name)} is not reported as converged: its gradient jumps at the minimum "
-                f"instead of getting small, so the fit took all its {steps} steps and is good to "
-                "about four digits."
+                f"instead of getting small, so the fit took all its {steps} steps; over the last "
+                f"tenth of them its objective fell by {drift:.1g} of itself."
             )
         elif not converged:
             said.append(f"{title(name)} did NOT converge in {steps} steps: raise --steps.")
@@ -356,7 +352,7 @@ def _scale(
         scale = float(np.median(size)) / _MAD_AT_NORMAL
         if scale < exact:
             break
-        size = residuals(fit("huber", TUNING["huber"] * scale))
+        size = residuals(fit("huber", tuned("huber", efficiency=0.95) * scale))
         if abs(np.median(size) / _MAD_AT_NORMAL - scale) <= 1e-9 * scale:
             return scale, "MAD / 0.6745 of Huber's residuals, found together with the fit"
     else:
@@ -392,21 +388,19 @@ def _known(name: str) -> str:
         near = difflib.get_close_matches(name, [*rl.LOSSES, *ALIASES], n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(rl.LOSSES)}."
         raise UsageError(f"no loss is called {name!r}; {hint}")
-    if _has_delta(name) and name not in TUNING:
-        raise UsageError(f"{name} has a delta but no constant in experiments/compare.py: TUNING.")
+    if has_delta(name) and np.isnan(tuned(name, efficiency=0.95)):
+        raise UsageError(f"no delta makes {name} 95 % efficient: nothing to compare it at.")
     return name
-
-
-def _has_delta(name: str) -> bool:
-    return "delta" in inspect.signature(rl.LOSSES[name]).parameters
-
-
-def _loss(name: str, delta: float) -> Callable[..., jax.Array]:
-    return partial(rl.LOSSES[name], delta=float(delta)) if _has_delta(name) else rl.LOSSES[name]
 
 
 def _has_kink(loss: Callable[..., jax.Array]) -> bool:
     return bool(jnp.isinf(rl.weight(loss, 0.0)))
+
+
+def _drift(found: rl.Fit) -> float:
+    history = np.asarray(found.history)
+    before, last = history[int(0.9 * int(found.steps))], history[int(found.steps)]
+    return float(abs(before - last) / last) if last > 0 else 0.0
 
 
 def _plane(params: jax.Array, X: jax.Array) -> jax.Array:
@@ -418,7 +412,7 @@ def _relative(loss: Callable[..., jax.Array], residuals: np.ndarray) -> np.ndarr
     typical = float(np.median(np.abs(residuals)))
     weights, unit = np.asarray(rl.weight(loss, residuals)), float(rl.weight(loss, typical))
     with np.errstate(invalid="ignore"):
-        return np.where(np.isinf(weights), 1.0, np.minimum(weights / unit, 1.0))
+        return np.where(np.isinf(weights), 1.0, np.minimum(weights / unit, 1.0)) + 0.0  # no -0
 
 
 def _low(result: Result) -> dict[str, np.ndarray]:
@@ -490,11 +484,6 @@ def _far_rows(data: Data) -> np.ndarray:
     distance = np.abs(data.X - np.median(data.X, axis=0))
     mad = np.median(distance, axis=0) / _MAD_AT_NORMAL
     return data.rows[np.any(distance > 5 * np.where(mad > 0, mad, data.X.std(0)), axis=1)]
-
-
-def title(name: str) -> str:
-    """How a loss is called in tables and pictures."""
-    return TITLES.get(name, name.replace("_", "-").capitalize())
 
 
 def _rows(rows: Sequence[int]) -> str:
@@ -610,8 +599,7 @@ def _losses(result: Result) -> Figure:
         r = np.linspace(-5, 5, 1001)
         for axes, (view, label, limits) in zip(panels, views, strict=True):
             for name, delta in zip(result.losses, result.deltas / result.scale, strict=True):
-                loss = rl.LOSSES[name] if np.isnan(delta) else partial(rl.LOSSES[name], delta=delta)
-                values = np.asarray(view(loss, r))
+                values = np.asarray(view(with_delta(name, delta), r))
                 axes.plot(r, values, lw=2, label=title(name), **_plotting.line(name))
             axes.set(title=label, ylim=limits, xlim=(-5, 5), xlabel="residual / scale")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)

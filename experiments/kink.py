@@ -26,11 +26,10 @@ from rich.console import Console
 from rich.table import Table
 
 import robustloss as rl
-from experiments import UsageError, _plotting, _results
+from experiments import Progress, UsageError, _plotting, _results
 
 POINTS = {"0": 0.0, "-0": -0.0, "NaN": np.nan, "inf": np.inf, "-inf": -np.inf}
 OURS = "rl.absolute_error"
-Progress = Callable[[float, str], None]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 import robustloss as rl
-from experiments import UsageError, _results
+from experiments import Progress, UsageError, _results
+from experiments._losses import example
 
 PEERS = {
     "squared_error": optax.squared_error,
@@ -39,7 +40,6 @@ LIMITS = {  # of copy's time, of the peer's time
     "log_cosh": (None, 1.0),
 }
 IMPORT_LIMIT = 0.1  # seconds
-Progress = Callable[[float, str], None]
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
     imports = _import_seconds()
     r = 3 * jax.random.normal(jax.random.key(config.seed), (config.size,), jnp.float32)
     cases: dict[str, Callable[[Array], object]] = {"copy": jnp.copy}
-    for name, loss in rl.LOSSES.items():
-        cases[name] = _value_and_grad(loss)
+    for name in rl.LOSSES:
+        cases[name] = _value_and_grad(example(name))
         if name in PEERS:
             cases[f"optax: {name}"] = _value_and_grad(PEERS[name])
     compiled, first = {}, {}

@@ -11,6 +11,7 @@ import robustloss as rl
 from experiments import _results, compare
 from experiments.__main__ import experiments, main
 from experiments.data import load, names
+from robustloss import losses as families
 
 OPTIMA = json.loads((Path(__file__).parent / "reference" / "optima.json").read_text())
 
@@ -62,13 +63,70 @@ def test_compare_holds_its_finding_on_every_data_set(name):
     result = compare.run(compare.Config(data=name))
     compare.check(result)
     assert all(sentence.endswith(".") for sentence in compare.findings(result))
-    reference = OPTIMA["rlm"][name]
-    if np.median(np.abs(load(name).X[:, 0])) and name != "siegel":
-        spread = np.array([1, *load(name).X.std(0, ddof=1)]) / load(name).y.std(ddof=1)
-        ours = result.coefficients[result.losses.index("huber")]
-        gap = (ours - reference["coef"])[1:] * spread[1:]
-        np.testing.assert_allclose(gap, 0, atol=1e-4)
-        assert result.scale == pytest.approx(reference["scale"], rel=1e-4)
+    reference, data = OPTIMA["rlm"][name], load(name)
+    ours = result.coefficients[result.losses.index("huber")]
+    gap = (ours - reference["coef"])[1:] * data.X.std(0, ddof=1) / data.y.std(ddof=1)
+    np.testing.assert_allclose(gap, 0, atol=1e-5)
+    assert result.scale == pytest.approx(reference["scale"], rel=1e-5)
+
+
+def test_compare_takes_any_loss_and_starts_those_that_redescend_at_hubers_fit():
+    config = compare.Config(losses=("mse", "tukey", "talwar", "cauchy", "hampel", "fair"))
+    result = compare.run(config)
+    compare.check(result)
+    slopes = dict(zip(result.losses, result.coefficients[:, 1], strict=True))
+    keep = ~np.isin(result.data.rows, range(15, 21))
+    year, calls = result.data.X[keep, 0], result.data.y[keep]
+    assert slopes["talwar"] == pytest.approx(np.polyfit(year, calls, 1)[0], rel=1e-6)
+    assert all(1.1 < slopes[name] < 1.5 for name in ("tukey", "talwar", "cauchy", "hampel"))
+    assert slopes["squared_error"] > 5
+
+
+def test_compare_is_exact_where_raw_units_would_cancel(csv, tmp_path):
+    noise = 0.3 * (-1) ** np.arange(20)
+    y = 1e9 + 1e-3 * np.r_[np.arange(20) + noise, 500.0]
+    path = csv("x,y", *(f"{i},{v:.6f}" for i, v in enumerate(y)))
+    result = compare.run(compare.Config(csv=Path(path), target="y"))
+    compare.check(result)
+    huber = result.losses.index("huber")
+    assert result.coefficients[huber, 1] == pytest.approx(1e-3, rel=0.05)
+
+
+def test_the_gallery_shows_every_loss_with_its_constants(tmp_path, capsys):
+    assert main(["losses", "--points", "3", "--out", str(tmp_path / "r")]) == 0
+    said = capsys.readouterr().out
+    assert "4.685065" in said
+    assert "1.547645" in said
+    written = json.loads((tmp_path / "r" / "result.json").read_text())["losses"]
+    assert set(written) == set(rl.LOSSES)
+    sheets = {family.__name__.rsplit(".", 1)[-1] for family in families.FAMILIES}
+    assert {path.stem for path in (tmp_path / "r").glob("*.png")} == sheets
+
+
+def test_a_wrong_constant_fails_the_gallery():
+    from experiments import losses as gallery
+
+    result = gallery.run(gallery.Config(points=2))
+    gallery.check(result)
+    for field in ("at_95", "at_50"):
+        tukey = result.losses["tukey"]
+        moved = tukey._replace(**{field: getattr(tukey, field) + 1e-5})
+        with pytest.raises(AssertionError, match="tukey"):
+            gallery.check(result._replace(losses=result.losses | {"tukey": moved}))
+
+
+def test_accuracy_holds_and_would_notice(monkeypatch):
+    from experiments import accuracy
+
+    monkeypatch.setattr(accuracy, "LIMITS", {k: accuracy.LIMITS[k] for k in ("tukey", "quantile")})
+    monkeypatch.setattr(rl, "LOSSES", {k: rl.LOSSES[k] for k in ("tukey", "quantile")})
+    result = accuracy.run(accuracy.Config())
+    accuracy.check(result)
+    assert 1 < result.single["tukey"]["slope"].ulp < 5
+    ours = (result.single[name] for name in rl.LOSSES)
+    assert all(w.wrong == 0 for views in ours for w in views.values())
+    assert result.single["optax.log_cosh"]["value"].ulp > 1e9
+    assert result.single["optax.log_cosh"]["value"].wrong > 1000
 
 
 def test_compare_names_the_rows_that_were_recorded_wrongly():
@@ -252,7 +310,7 @@ def test_accuracy_continues_where_it_was_stopped(tmp_path, monkeypatch):
     from experiments import accuracy
 
     monkeypatch.setattr(accuracy, "CHUNK", 2**28)  # 16 chunks to a loss
-    monkeypatch.setattr(rl, "LOSSES", {"absolute_error": rl.absolute_error})
+    monkeypatch.setattr(accuracy, "LIMITS", {"absolute_error": (0.5, 0.5, 0.5)})
     config = accuracy.Config(exhaustive=True, others=False, out=tmp_path / "r")
     kept = tmp_path / ".r-unfinished.json"
     state = {"chunks": 16, "worst": [[0.25, 2.0, 0]] * 3}

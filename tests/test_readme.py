@@ -1,6 +1,7 @@
 """What the README says is what a reader gets."""
 
 import contextlib
+import functools
 import io
 import re
 from pathlib import Path
@@ -27,12 +28,32 @@ def test_python_blocks_print_what_is_printed_below_them():
         assert said.getvalue() == printed
 
 
-def test_loss_table_is_complete():
+def test_loss_table_is_complete_and_its_constants_hold():
     table = README.split("## The losses")[1].split("## ")[0]
-    rows = re.findall(r"^\| `(\w+)` \|.*\| (\w+) \|$", table, re.MULTILINE)
+    lines = [line.strip("| ") for line in table.splitlines() if line.startswith("| `")]
+    cells = [re.split(r"(?<!\\) \| ", line) for line in lines]
+    rows = {row[0].strip("`"): row[1:] for row in cells}
     families = {name: f.__module__.rsplit(".", 1)[-1] for name, f in rl.LOSSES.items()}
-    assert dict(rows) == families
-    assert len(rows) == len(rl.LOSSES)
+    assert {name: row[-1] for name, row in rows.items()} == families
+    assert len(rows) == len(cells) == len(rl.LOSSES)
+    for name, (*_, at_95, at_50, source, _family) in rows.items():
+        assert re.search(r"\d{4}$", source)
+        if at_95 == at_50 == "by alpha":
+            continue
+        for printed, request in ((at_95, {"efficiency": 0.95}), (at_50, {"breakdown": 0.5})):
+            if printed == "-":
+                with pytest.raises((ValueError, TypeError)):
+                    rl.tune(rl.LOSSES[name], **request)
+            else:
+                assert printed == f"{rl.tune(rl.LOSSES[name], **request):.6f}"
+
+
+def test_constants_named_beside_calls():
+    names = {"rl": rl, "partial": functools.partial}
+    calls = re.findall(r"^(rl\.\S.*)  # ([\d.]+)$", README, re.MULTILINE)
+    assert len(calls) == 3
+    for call, printed in calls:
+        assert f"{eval(call, names):.4f}" == printed
 
 
 def test_compare_block_is_what_compare_prints():
