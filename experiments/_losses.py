@@ -8,6 +8,7 @@ from functools import cache, partial
 from typing import Any
 
 from jax import Array
+from jax.typing import ArrayLike
 
 import robustloss as rl
 
@@ -46,9 +47,9 @@ def has_delta(name: str) -> bool:
     return "delta" in inspect.signature(rl.LOSSES[name]).parameters
 
 
-def with_delta(name: str, delta: float) -> Callable[..., Array]:
+def with_delta(name: str, delta: ArrayLike) -> Callable[..., Array]:
     """The loss with this `delta`, or as it is where it has none."""
-    return partial(example(name), delta=float(delta)) if has_delta(name) else example(name)
+    return partial(example(name), delta=delta) if has_delta(name) else example(name)
 
 
 @cache

@@ -14,6 +14,7 @@ import io
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -112,13 +113,11 @@ def _run(config: Config, data: Data, names: tuple[str, ...], progress: Progress)
     start = np.zeros(X.shape[1])
     if config.seed is not None:
         start = np.asarray(jax.random.normal(jax.random.key(config.seed), start.shape))
-    smooth, kinked = optax.lbfgs(), optax.adam(optax.cosine_decay_schedule(0.1, config.steps))
-
     seconds: dict[str, float] = {}
 
     def fit(name: str, delta: float, start: np.ndarray = start) -> rl.Fit:
         loss = with_delta(name, delta)
-        optimizer = kinked if _has_kink(loss) else smooth
+        optimizer = _adam(config.steps) if _has_kink(name) else _LBFGS
         begin = time.perf_counter()
         found = jax.block_until_ready(
             rl.fit(loss, _plane, start, X, y, optimizer=optimizer, steps=config.steps)
@@ -146,7 +145,10 @@ def _run(config: Config, data: Data, names: tuple[str, ...], progress: Progress)
     slopes[:, 0] += target_center - slopes[:, 1:] @ center
     residuals = (np.array([f.params for f in fits]) @ X.T - y) * target_spread
     deltas = np.array(deltas) * target_spread
-    losses = [with_delta(name, delta) for name, delta in zip(names, deltas, strict=True)]
+    described = [
+        jax.device_get(_described(name, delta, r))
+        for name, delta, r in zip(names, deltas, residuals, strict=True)
+    ]
     return Result(
         data=data,
         losses=names,
@@ -156,11 +158,11 @@ def _run(config: Config, data: Data, names: tuple[str, ...], progress: Progress)
         coefficients=slopes,
         residuals=residuals,
         spreads=np.median(np.abs(residuals), axis=1) / _MAD_AT_NORMAL,
-        objectives=np.array([rl.mean(f, r) for f, r in zip(losses, residuals, strict=True)]),
-        weights=np.array([_relative(f, r) for f, r in zip(losses, residuals, strict=True)]),
+        objectives=np.array([objective for objective, _ in described]),
+        weights=np.array([weights for _, weights in described]),
         steps=np.array([f.steps for f in fits]),
         converged=np.array([f.converged for f in fits]),
-        kinked=np.array([_has_kink(f) for f in losses]),
+        kinked=np.array([_has_kink(name) for name in names]),
         drifts=np.array([_drift(f) for f in fits]),
         seconds=np.array([seconds[name] for name in names]),
     )
@@ -393,8 +395,18 @@ def _known(name: str) -> str:
     return name
 
 
-def _has_kink(loss: Callable[..., jax.Array]) -> bool:
-    return bool(jnp.isinf(rl.weight(loss, 0.0)))
+# An optimizer is part of the compiled program: the same one, or it compiles again.
+_LBFGS = optax.lbfgs()
+
+
+@cache
+def _adam(steps: int) -> optax.GradientTransformation:
+    return optax.adam(optax.cosine_decay_schedule(0.1, steps))
+
+
+@cache
+def _has_kink(name: str) -> bool:
+    return bool(np.isinf(jax.jit(partial(rl.weight, with_delta(name, 1.0)))(0.0)))
 
 
 def _drift(found: rl.Fit) -> float:
@@ -407,12 +419,14 @@ def _plane(params: jax.Array, X: jax.Array) -> jax.Array:
     return X @ params
 
 
-def _relative(loss: Callable[..., jax.Array], residuals: np.ndarray) -> np.ndarray:
-    """Weights over that of a residual of typical (median) size, at most 1."""
-    typical = float(np.median(np.abs(residuals)))
-    weights, unit = np.asarray(rl.weight(loss, residuals)), float(rl.weight(loss, typical))
-    with np.errstate(invalid="ignore"):
-        return np.where(np.isinf(weights), 1.0, np.minimum(weights / unit, 1.0)) + 0.0  # no -0
+@partial(jax.jit, static_argnums=0)
+def _described(name: str, delta: float, residuals: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The mean loss, and weights over that of a residual of typical (median) size, at most 1."""
+    loss = with_delta(name, delta)
+    weights = rl.weight(loss, residuals)
+    unit = rl.weight(loss, jnp.median(jnp.abs(residuals)))
+    relative = jnp.where(jnp.isinf(weights), 1.0, jnp.minimum(weights / unit, 1.0))
+    return rl.mean(loss, residuals), relative + 0.0  # no -0
 
 
 def _low(result: Result) -> dict[str, np.ndarray]:

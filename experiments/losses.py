@@ -90,7 +90,8 @@ def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
         at_95, at_50 = tuned(name, efficiency=0.95), tuned(name, breakdown=0.5)
         loss = with_delta(name, 1.0 if np.isnan(at_95) else at_95)
         with jax.enable_x64(True):
-            curves = np.array([view(loss, r) for view in VIEWS.values()])
+            views = jax.jit(lambda r, loss=loss: [view(loss, r) for view in VIEWS.values()])
+            curves = np.array(views(r))
         grid = [with_delta(name, d) for d in deltas] if has_delta(name) else []
         bounded = np.isfinite(at_50)
         found[name] = Loss(

@@ -423,7 +423,7 @@ def _curves(view: View, loss: Loss, deltas: np.ndarray | None = None) -> Curves:
             x = {} if deltas is None else {"delta": deltas[i[part]]}
             x = {"r": r[part], **x}
             padded = {k: np.pad(v, (0, _CHUNK - v.size), mode="edge") for k, v in x.items()}
-            out[part] = _compiled(view, traced, **padded)[: r[part].size]
+            out[part] = np.asarray(_compiled(view, traced, **padded))[: r[part].size]
         return out
 
     return curves

@@ -184,13 +184,10 @@ def test_a_traced_bad_delta_is_nan(name, argument):
 
     of = ("r", "delta").index(argument)
     r, d = np.meshgrid([0.0, 0.5, -7.0, INF], [0.0, -1.5, NAN])
-    for mode in (jax.jacfwd, jax.jacrev):
-        slope = mode(f, of)
-        views = (f, slope, mode(slope, of))
-        got = jax.jit(lambda r, d, views=views: [jax.vmap(g)(r, d) for g in views])(
-            *map(jnp.ravel, (r, d))
-        )
-        np.testing.assert_array_equal(got, NAN, err_msg=mode.__name__)
+    slope = jax.jacrev(f, of)
+    views = (f, slope, jax.jacfwd(f, of), jax.jacfwd(slope, of))
+    got = jax.jit(lambda r, d: [jax.vmap(g)(r, d) for g in views])(*map(jnp.ravel, (r, d)))
+    np.testing.assert_array_equal(got, NAN)
 
 
 @pytest.mark.parametrize("bad", [1.5, -1.0001, NAN])
@@ -258,7 +255,7 @@ def test_dtypes(name, strict):
             results = jax.eval_shape(every, r)
             chex.assert_type(jax.tree.leaves(results), dtype)
             chex.assert_shape(jax.tree.leaves(results), (3,))
-            chex.assert_type([f(r), jax.jit(f)(r)], dtype)
+            chex.assert_type(f(r), dtype)
     if not strict:
         half, brain = jnp.float16([1]), jnp.bfloat16([1])
         assert f(half, brain).dtype == jnp.float32
@@ -274,10 +271,11 @@ def test_strict_promotion_at_every_order(name):
         f = LOSSES[name]
         r = jnp.array([-2.0, 0.0, 0.3])
         slope = jax.grad(lambda r: f(r).sum())
-        jax.jvp(jax.grad(lambda r: slope(r).sum()), (r,), (r,))
+        bend = jax.grad(lambda r: slope(r).sum())
+        jax.eval_shape(lambda r: jax.jvp(bend, (r,), (r,)), r)
         if "delta" in knobs(name):
             by_delta = jax.grad(lambda d: f(r, delta=d).sum())
-            jax.grad(jax.grad(by_delta))(jnp.float32(1.5))
+            jax.eval_shape(jax.grad(jax.grad(by_delta)), jnp.float32(1.5))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
@@ -301,7 +299,8 @@ def test_differences_that_16_bits_cannot_hold(name, dtype):
 def test_shapes_are_kept(name):
     for shape in [(), (0,), (3,), (2, 3, 4), (1, 1)]:
         for given in [(jnp.ones(shape),), (jnp.ones(shape), jnp.zeros(shape))]:
-            chex.assert_shape([LOSSES[name](*given), jax.jit(LOSSES[name])(*given)], shape)
+            chex.assert_shape(jax.eval_shape(LOSSES[name], *given), shape)
+    chex.assert_shape(LOSSES[name](jnp.ones((2, 0))), (2, 0))
 
 
 @pytest.mark.parametrize("x64", [False, True])
@@ -327,12 +326,13 @@ def test_what_is_no_loss_is_refused(wrong):
             use(wrong, r)
 
 
-@pytest.mark.parametrize("delta", [1e37, 1e38, 3e38, np.inf])
 @pytest.mark.parametrize("name", [name for name in SCALED if TRUTH[name].unit])
-def test_a_huge_delta_gives_half_the_square(name, delta):
-    loss = partial(LOSSES[name], delta=delta)
-    views = loss(2.0), jax.grad(loss)(2.0), rl.curvature(loss, 2.0)
-    assert [float(v) for v in views] == [2, 2, 1]
-    traced = jax.jit(jax.value_and_grad(lambda r, d: LOSSES[name](r, delta=d)))
-    assert [float(v) for v in traced(2.0, delta)] == [2, 2]
-    assert abs(jax.grad(lambda d: LOSSES[name](2.0, delta=d))(delta)) < 1e-30
+def test_a_huge_delta_gives_half_the_square(name):
+    traced = jax.jit(jax.value_and_grad(lambda r, d: LOSSES[name](r, delta=d), (0, 1)))
+    for delta in (1e37, 1e38, 3e38, np.inf):
+        loss = partial(LOSSES[name], delta=delta)
+        views = loss(2.0), jax.grad(loss)(2.0), rl.curvature(loss, 2.0)
+        assert [float(v) for v in views] == [2, 2, 1]
+        value, (slope, by_delta) = traced(2.0, delta)
+        assert (value, slope) == (2, 2)
+        assert abs(by_delta) < 1e-30

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,7 @@ def test_every_experiment_has_the_parts(name, capsys):
 
 @pytest.mark.parametrize("name", names())
 def test_compare_holds_its_finding_on_every_data_set(name):
-    result = compare.run(compare.Config(data=name))
+    result = compare.run(compare.Config(data=name, losses=("mae", "huber")))
     compare.check(result)
     assert all(sentence.endswith(".") for sentence in compare.findings(result))
     reference, data = OPTIMA["rlm"][name], load(name)
@@ -71,14 +72,14 @@ def test_compare_holds_its_finding_on_every_data_set(name):
 
 
 def test_compare_takes_any_loss_and_starts_those_that_redescend_at_hubers_fit():
-    config = compare.Config(losses=("mse", "tukey", "talwar", "cauchy", "hampel", "fair"))
+    config = compare.Config(losses=("mse", "tukey", "talwar"))
     result = compare.run(config)
     compare.check(result)
     slopes = dict(zip(result.losses, result.coefficients[:, 1], strict=True))
     keep = ~np.isin(result.data.rows, range(15, 21))
     year, calls = result.data.X[keep, 0], result.data.y[keep]
     assert slopes["talwar"] == pytest.approx(np.polyfit(year, calls, 1)[0], rel=1e-6)
-    assert all(1.1 < slopes[name] < 1.5 for name in ("tukey", "talwar", "cauchy", "hampel"))
+    assert 1.1 < slopes["tukey"] < 1.5
     assert slopes["squared_error"] > 5
 
 
@@ -86,10 +87,9 @@ def test_compare_is_exact_where_raw_units_would_cancel(csv, tmp_path):
     noise = 0.3 * (-1) ** np.arange(20)
     y = 1e9 + 1e-3 * np.r_[np.arange(20) + noise, 500.0]
     path = csv("x,y", *(f"{i},{v:.6f}" for i, v in enumerate(y)))
-    result = compare.run(compare.Config(csv=Path(path), target="y"))
+    result = compare.run(compare.Config(csv=Path(path), target="y", losses=("huber",)))
     compare.check(result)
-    huber = result.losses.index("huber")
-    assert result.coefficients[huber, 1] == pytest.approx(1e-3, rel=0.05)
+    assert result.coefficients[0, 1] == pytest.approx(1e-3, rel=0.05)
 
 
 def test_the_gallery_shows_every_loss_with_its_constants(tmp_path, capsys):
@@ -120,6 +120,9 @@ def test_accuracy_holds_and_would_notice(monkeypatch):
 
     monkeypatch.setattr(accuracy, "LIMITS", {k: accuracy.LIMITS[k] for k in ("tukey", "quantile")})
     monkeypatch.setattr(rl, "LOSSES", {k: rl.LOSSES[k] for k in ("tukey", "quantile")})
+    monkeypatch.setattr(
+        accuracy, "OTHERS", {k: v for k, v in accuracy.OTHERS.items() if "cosh" in k}
+    )
     result = accuracy.run(accuracy.Config())
     accuracy.check(result)
     assert 1 < result.single["tukey"]["slope"].ulp < 5
@@ -138,15 +141,15 @@ def test_compare_names_the_rows_that_were_recorded_wrongly():
 
 
 def test_compare_sees_what_weights_cannot():
-    sentences = " ".join(compare.findings(compare.run(compare.Config(data="starsCYG"))))
+    config = compare.Config(data="starsCYG", losses=("mse", "huber"))
+    sentences = " ".join(compare.findings(compare.run(config)))
     assert "nearly agree" in sentences
     assert "rows 11, 20, 30 and 34" in sentences
 
 
 def test_any_start_ends_in_the_same_place():
-    fits = [compare.run(compare.Config(data="stackloss", seed=seed)) for seed in (None, 1)]
-    smooth = ~fits[0].kinked
-    a, b = (f.coefficients[smooth] for f in fits)
+    config = compare.Config(data="stackloss", losses=("mse", "huber", "log_cosh"), scale=2.5)
+    a, b = (compare.run(replace(config, seed=seed)).coefficients for seed in (None, 1))
     np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
@@ -159,7 +162,8 @@ def test_compare_writes_the_whole_folder_and_replaces_only_its_own(tmp_path, cap
     assert result["fits"]["huber"]["converged"] is True
     assert result["fits"]["huber"]["low_weight_rows"] == list(range(15, 21))
     assert set(result["environment"]) >= {"jax", "optax", "robustloss", "python", "device"}
-    assert main(["compare", "--losses", "mae", "--no-plots", "--out", str(out)]) == 0
+    again = ["compare", "--losses", "mse", "--scale", "9", "--no-plots", "--out", str(out)]
+    assert main(again) == 0
     assert {path.name for path in out.iterdir()} == {"result.json", "coefficients.csv"}
     assert [path.name for path in out.parent.iterdir()] == ["results"]
     (out / "thesis.tex").write_text("mine")
@@ -189,15 +193,16 @@ def test_a_failed_write_leaves_the_old_results(tmp_path, monkeypatch):
 
 
 def test_a_finding_that_fails_is_told_and_not_written(tmp_path, monkeypatch, capsys):
+    run = ["compare", "--losses", "mse", "--scale", "9", "--no-plots", "--out", str(tmp_path / "r")]
     monkeypatch.setattr(compare, "check", lambda result: pytest.fail("no"))
     with pytest.raises(pytest.fail.Exception):
-        main(["compare", "--no-plots", "--out", str(tmp_path / "r")])
+        main(run)
 
     def fails(result):
         raise AssertionError("huber is smaller at another fit")
 
     monkeypatch.setattr(compare, "check", fails)
-    assert main(["compare", "--no-plots", "--out", str(tmp_path / "r")]) == 1
+    assert main(run) == 1
     assert "huber is smaller at another fit" in capsys.readouterr().err
     assert not (tmp_path / "r").exists()
 
@@ -206,6 +211,7 @@ def test_own_csv_with_bom_quotes_and_blanks(csv, tmp_path, capsys):
     lines = ['"price, EUR",size', *(f"{3 * i + 1},{i}" for i in range(12)), "7,", ""]
     path = csv(*lines, encoding="utf-8-sig")
     options = ["compare", "--csv", path, "--target", "price, EUR", "--out", str(tmp_path / "r")]
+    options += ["--losses", "mse", "mae", "huber"]
     assert "--drop-missing" in refused(capsys, *options)
     assert not (tmp_path / "r").exists()
     assert main([*options, "--drop-missing", "--no-plots"]) == 0
@@ -224,6 +230,7 @@ def test_far_away_columns_and_names_with_brackets(csv, tmp_path, capsys):
     rows = (f"{a:.0f},{b:.6f}" for a, b in zip(t, y, strict=True))
     path, out = csv("time [s],y [/b]", *rows), tmp_path / "r"
     options = ["compare", "--csv", path, "--target", "y [/b]", "--out", str(out), "--no-plots"]
+    options += ["--losses", "mse", "huber"]
     assert main(options) == 0
     said = capsys.readouterr().out
     assert "time [s]" in said
@@ -235,7 +242,8 @@ def test_far_away_columns_and_names_with_brackets(csv, tmp_path, capsys):
 
 
 def test_too_few_steps_say_so(tmp_path, capsys):
-    assert main(["compare", "--steps", "2", "--no-plots", "--out", str(tmp_path / "r")]) == 1
+    run = ["compare", "--steps", "2", "--no-plots", "--out", str(tmp_path / "r")]
+    assert main([*run, "--losses", "huber", "--scale", "9"]) == 1
     assert "did not converge; raise --steps" in capsys.readouterr().err
     assert not (tmp_path / "r").exists()
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from witnesses import LOSSES
+from witnesses import FEW
 
 import robustloss as rl
 from experiments.data import load, names
@@ -21,13 +21,6 @@ from experiments.data import load, names
 OPTIMA = json.loads((Path(__file__).parent / "reference" / "optima.json").read_text())["datasets"]
 LBFGS = optax.lbfgs()
 KEY = jax.random.key(0)
-
-# A fit knows a loss by its values and slopes alone. These have what it could stumble over: no
-# bound, a kink, a flat tail, two sides.
-FEW = {
-    name: LOSSES[name]
-    for name in ("squared_error", "absolute_error", "huber", "tukey", "quantile(q=0.875)")
-}
 
 
 def half_squared(r):

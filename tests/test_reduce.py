@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from witnesses import LOSSES
+from witnesses import FEW, LOSSES
 
 import robustloss as rl
 
@@ -55,16 +55,25 @@ def test_against_numpy(where, weights, axis):
         chex.assert_trees_all_equal(reduction(P, T, **given), want)
 
 
-@pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("reduction", [rl.mean, rl.total])
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_dropped_may_hold_anything(name, reduction, bad):
+def test_what_is_dropped_may_hold_anything(name, reduction):
     """Value and gradient are those of the kept entries alone, in either argument."""
     loss, n = LOSSES[name], 6
     p, t = jnp.array(P.ravel()[:n]), jnp.array(T.ravel()[:n])
     keep, kept = jnp.arange(n) < 4, slice(0, 4)
-    holes = [(p.at[4].set(bad), t), (p, t.at[5].set(bad)), (p.at[4:].set(bad), t.at[4:].set(bad))]
-    for w, run in itertools.product((None, jnp.linspace(0.5, 2, n)), (lambda f: f, jax.jit)):
+    holes = [
+        hole
+        for bad in (NAN, INF, -INF)
+        for hole in (
+            (p.at[4].set(bad), t),
+            (p, t.at[5].set(bad)),
+            (p.at[4:].set(bad), t.at[4:].set(bad)),
+        )
+    ]
+    runs = (lambda f: f, jax.jit) if name in FEW else (jax.jit,)
+    weighings = (None, jnp.linspace(0.5, 2, n)) if name in FEW else (None,)
+    for w, run in itertools.product(weighings, runs):
 
         def f(p, t, where=None, w=None):
             return reduction(loss, p, t, where=where, weights=w)
@@ -77,12 +86,12 @@ def test_what_is_dropped_may_hold_anything(name, reduction, bad):
             for g, expected in zip(got, gradients, strict=True):
                 np.testing.assert_allclose(g[kept], expected, rtol=1e-6)
                 np.testing.assert_array_equal(g[4:], 0)
-    if name != "absolute_error":
+    if name in FEW:
         hessian = jax.hessian(f)(*holes[2], keep)
         assert np.isfinite(hessian).all()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FEW)
 def test_a_dropped_weight_may_hold_anything(name):
     w = np.array([1.0, 2.0, NAN])
     keep = np.array([True, True, False])
@@ -93,7 +102,7 @@ def test_a_dropped_weight_may_hold_anything(name):
 
 
 @pytest.mark.parametrize("reduction", [rl.mean, rl.total])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FEW)
 def test_nothing_kept_is_zero(name, reduction):
     p = jnp.array([1.0, NAN, INF])
     none = jnp.zeros(3, bool)
@@ -108,7 +117,7 @@ def test_nothing_kept_is_zero(name, reduction):
 
 @pytest.mark.parametrize("weights", [[1.0, 0.0], [0.0, 0.0]])
 @pytest.mark.parametrize("reduction", [rl.mean, rl.total])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FEW)
 def test_a_weight_of_zero_hides_no_nan(name, reduction, weights):
     f = partial(reduction, LOSSES[name], weights=np.float32(weights))
     for run in (lambda f: f, jax.jit):
@@ -117,7 +126,7 @@ def test_a_weight_of_zero_hides_no_nan(name, reduction, weights):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FEW)
 def test_a_million_of_16_bits(name, dtype):
     r = jnp.asarray(np.random.default_rng(7).normal(size=10**6) * 8, dtype)
     each = np.asarray(LOSSES[name](np.asarray(r, np.float32)), np.float64)
@@ -133,7 +142,7 @@ def test_a_million_of_16_bits(name, dtype):
     assert np.isfinite(gradient.astype(jnp.float32)).all()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FEW)
 def test_empty(name):
     for run in (lambda f: f, jax.jit):
         for reduction in (rl.mean, rl.total):
@@ -143,20 +152,19 @@ def test_empty(name):
             chex.assert_shape(reduction(LOSSES[name], jnp.zeros((3, 0)), axis=0), (0,))
 
 
-@pytest.mark.parametrize("where", [0, 1 << 19, (1 << 20) - 1, 12345])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_nan_among_many_shows(name, where):
+def test_a_nan_among_many_shows(name):
     """XLA's vectorised min and max drop a NaN on some CPUs."""
-    r = jnp.ones(1 << 20).at[where].set(NAN)
-    for reduction in (rl.mean, rl.total):
-        f = partial(reduction, LOSSES[name])
-        assert np.isnan(jax.jit(f)(r))
-        assert np.isnan(f(r))
-        value, gradient = jax.jit(jax.value_and_grad(f))(r)
+    f = partial(rl.mean, LOSSES[name])
+    slope = jax.jit(jax.value_and_grad(f))
+    for where in (0, 1 << 19, (1 << 20) - 1, 12345):
+        r = jnp.ones(1 << 20).at[where].set(NAN)
+        value, gradient = slope(r)
         assert np.isnan(value)
         assert np.flatnonzero(np.isnan(gradient)).tolist() == [where]
-        constant = jax.jit(lambda p, t, f=f: f(p, t))
-        assert np.isnan(constant(jnp.ones_like(r), r))
+    for g in (f, partial(rl.total, LOSSES[name])) if name in FEW else (f,):
+        assert np.isnan(jax.jit(g)(r))
+        assert np.isnan(jax.jit(g)(jnp.ones_like(r), r))
 
 
 @pytest.mark.parametrize("reduction", [partial(rl.mean, rl.huber), rl.mae, rl.mse])
@@ -189,7 +197,7 @@ def test_a_loss_that_reduces_is_refused():
         rl.mean(jnp.sum, jnp.ones(3))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FEW)
 def test_transformations(name):
     f = partial(rl.mean, LOSSES[name])
     want = np.array([plain(name, p, t)[1] for p, t in zip(P, T, strict=True)])
@@ -208,7 +216,7 @@ def test_transformations(name):
     np.testing.assert_allclose(by_weight, LOSSES[name](P, T), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FEW)
 def test_strict_promotion(name):
     with jax.numpy_dtype_promotion("strict"):
         f = jax.jit(partial(rl.mean, LOSSES[name]))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from witnesses import LOSSES, TRUTH, at_infinity
+from witnesses import FEW, LOSSES, TRUTH, at_infinity
 
 import robustloss as rl
 
@@ -18,7 +18,6 @@ SCALED = [name for name in NAMES if TRUTH[name].has_delta]
 NAN, INF = float("nan"), float("inf")
 R = np.array([-40.0, -2.5, -0.3, 1e-3, 0.7, 3.0, 1e4, 1e-20, 1e20])
 AT_ZERO = {"squared_error": 2.0, "absolute_error": INF, "quantile": INF, "epsilon_insensitive": 0.0}
-EVERY = (lambda f: f, jax.jit, jax.vmap)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -28,12 +27,18 @@ def test_views_are_the_derivatives(name):
     bend = np.array([float(truth(r, 1, 2)) for r in x])
     terms = np.broadcast_to(truth.sizes(x.astype(np.float64), 1.0)[2], x.shape)
     want = {rl.influence: slope, rl.curvature: bend, rl.weight: slope / x}
-    for view, true in want.items():
-        for run in EVERY:
-            got = np.asarray(run(partial(view, loss))(x), np.float64)
+
+    def views(r):
+        return [view(loss, r) for view in want]
+
+    def of_two(r):
+        return [view(loss, r, 0 * r) for view in want]
+
+    runs = [jax.jit(jax.vmap(views)), jax.jit(of_two), *((views,) if name in FEW else ())]
+    for run in runs:
+        for view, true, got in zip(want, want.values(), run(x), strict=True):
             limit = 1e-6 * np.maximum(np.abs(true), terms if view is rl.curvature else 0) + 1e-38
-            assert np.all(np.abs(got - true) <= limit), view.__name__
-        chex.assert_trees_all_equal(view(loss, x, 0 * x), view(loss, x))
+            assert np.all(np.abs(np.float64(got) - true) <= limit), view.__name__
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
@@ -42,29 +47,32 @@ def test_weight_at_the_ends(name, dtype):
     r = jnp.array([0.0, -0.0, INF, -INF, NAN], dtype)
     at_zero = AT_ZERO.get(TRUTH[name].loss, 1.0)
     far = [at_infinity(TRUTH[name], sign, 1.0, 2) for sign in (1, -1)]
-    for run in (jax.jit, lambda f: f) if dtype == jnp.float32 else (jax.jit,):
-        got = run(partial(rl.weight, LOSSES[name]))(r)
-        np.testing.assert_array_equal(got.astype(jnp.float32), [at_zero, at_zero, *far, NAN])
-    for view in (rl.influence, rl.curvature, rl.weight):
-        got = jax.jit(partial(view, LOSSES[name]))(r)
-        chex.assert_type(got, dtype)
-        assert np.isnan(got[4])
+    views = (rl.influence, rl.curvature, rl.weight)
+    got = jax.jit(lambda r: [view(LOSSES[name], r) for view in views])(r)
+    chex.assert_type(got, dtype)
+    assert all(np.isnan(g[4]) for g in got)
+    weights = [got[2], rl.weight(LOSSES[name], r)] if dtype == jnp.float32 else got[2:]
+    for w in weights:
+        np.testing.assert_array_equal(w.astype(jnp.float32), [at_zero, at_zero, *far, NAN])
 
 
-@pytest.mark.parametrize("delta", [1e-3, 0.37, 1e3])
 @pytest.mark.parametrize("name", SCALED)
-def test_weight_for_any_delta(name, delta):
-    loss = partial(LOSSES[name], delta=delta)
-    r = np.float32([-1e-9, 0.3, -0.9, 2.1, 1e4, -1e6]) * np.float32(delta)
-    d = float(np.float32(delta))
-    want = [float(TRUTH[name](x, d, 1)) / float(x) for x in r]
-    np.testing.assert_allclose(rl.weight(loss, r), want, rtol=1e-6, atol=1e-38)
+def test_weight_for_any_delta(name):
+    @jax.jit
+    def both(r, delta):
+        loss = partial(LOSSES[name], delta=delta)
+        return rl.weight(loss, r), rl.influence(loss, r)
+
     at_zero = AT_ZERO.get(TRUTH[name].loss, 1.0)
-    np.testing.assert_array_equal(
-        rl.weight(loss, np.float32([0.0, -0.0, INF, -INF])), [at_zero, at_zero, 0, 0]
-    )
-    limits = [at_infinity(TRUTH[name], sign, d, 1) for sign in (1, -1)]
-    np.testing.assert_allclose(rl.influence(loss, np.float32([INF, -INF])), limits, rtol=1e-6)
+    for delta in (1e-3, 0.37, 1e3):
+        r = np.float32([-1e-9, 0.3, -0.9, 2.1, 1e4, -1e6]) * np.float32(delta)
+        weights, slopes = both(np.r_[r, np.float32([0.0, -0.0, INF, -INF])], delta)
+        d = float(np.float32(delta))
+        want = [float(TRUTH[name](x, d, 1)) / float(x) for x in r]
+        np.testing.assert_allclose(weights[:-4], want, rtol=1e-6, atol=1e-38)
+        np.testing.assert_array_equal(weights[-4:], [at_zero, at_zero, 0, 0])
+        limits = [at_infinity(TRUTH[name], sign, d, 1) for sign in (1, -1)]
+        np.testing.assert_allclose(slopes[-2:], limits, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kink", [-1.0, 0.0, 0.5, 1.0])
@@ -103,9 +111,8 @@ def test_weight_can_be_differentiated(name):
     if truth.even and truth.loss != "fair":
         np.testing.assert_array_equal(got[3:], 0)
     if name in SCALED:
-        for r in (0.0, 0.7, 5.0):
-            by_delta = jax.grad(lambda d, r=r: rl.weight(partial(loss, delta=d), r))(1.5)
-            assert np.isfinite(by_delta)
+        by_delta = jax.jit(jax.grad(lambda d, r: rl.weight(partial(loss, delta=d), r)))
+        assert all(np.isfinite(by_delta(1.5, r)) for r in (0.0, 0.7, 5.0))
 
 
 @pytest.mark.parametrize("view", [rl.influence, rl.curvature, rl.weight])
@@ -117,6 +124,7 @@ def test_inputs_and_errors(view):
     chex.assert_trees_all_equal(view(rl.huber, [3, 0], [1, 0]), view(rl.huber, jnp.array([2.0, 0])))
     with jax.numpy_dtype_promotion("strict"):
         for name, dtype in [(n, d) for n in NAMES for d in (jnp.float16, jnp.float32)]:
-            chex.assert_type(view(LOSSES[name], jnp.zeros(3, dtype), jnp.ones(3, dtype)), dtype)
+            zeros, ones = jnp.zeros(3, dtype), jnp.ones(3, dtype)
+            chex.assert_type(jax.eval_shape(partial(view, LOSSES[name]), zeros, ones), dtype)
     with jax.enable_x64(True):
         assert view(rl.huber, [3.0]).dtype == jnp.float64

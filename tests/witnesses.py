@@ -488,7 +488,6 @@ ALL = (
     Witness(**_quantile(0.875), ulps=(0.5, 0.5, 0.5)),
     Witness(**_expectile(0.25), ulps=(1.5, 0.5, 0.5)),
     Witness(**_general(-1.5), ulps=(5.0, 5.0, 8.0)),
-    Witness(**_general(1.5), ulps=(5.0, 5.0, 8.0)),
     Witness(**_quantile_huber(0.875), ulps=(1.8, 0.51, 0.5)),
 )
 
@@ -514,3 +513,10 @@ LOSSES = {label: loss(label) for label in TRUTH} | {
     if name in rl.LOSSES
 }
 """Every loss of the library, with numbers for the parameters that have no default."""
+
+# What calls a loss knows it by its values and slopes alone. These have what it could stumble
+# over: no bound, a kink, a flat tail, two sides.
+FEW = {
+    name: LOSSES[name]
+    for name in ("squared_error", "absolute_error", "huber", "tukey", "quantile(q=0.875)")
+}

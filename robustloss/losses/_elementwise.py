@@ -154,10 +154,14 @@ def with_partials(*partials: Kernel) -> Callable[[Kernel], Kernel]:
             return out, reduce(operator.add, terms) if terms else jnp.zeros_like(out)
 
         kernel.defjvp(rule, symbolic_zeros=True)
-        # Called eagerly, a kernel compiles once, not once per operation in it.
-        return jax.jit(kernel, inline=True)
+        return whole(kernel)
 
     return decorate
+
+
+def whole(kernel: Kernel) -> Kernel:
+    """The same kernel, compiled once where it is called eagerly, not once per operation."""
+    return jax.jit(kernel, inline=True)
 
 
 # A compiler may fuse a product into a sum and so skip its rounding. Below, every product in a

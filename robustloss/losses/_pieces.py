@@ -30,8 +30,9 @@ def beyond(r: Array, delta: Array) -> Array:
 
 @with_partials(lambda r, d: beyond(r, d), lambda r, d: within(r, d) - 1)
 def overshoot(r: Array, delta: Array) -> Array:
-    """max(|r| - delta, 0)."""
-    return jnp.maximum(jnp.abs(r) - delta, 0)
+    """max(|r| - delta, 0), but for XLA's maximum, which may drop a NaN."""
+    a = jnp.abs(r)
+    return jnp.where(a > delta, a - delta, flat(a + delta))
 
 
 @with_partials(lambda r: flat(r))

@@ -19,6 +19,7 @@ from robustloss.losses._elementwise import (
     elementwise,
     positive,
     product,
+    whole,
     with_partials,
 )
 from robustloss.losses._pieces import atanh_series, polynomial
@@ -369,6 +370,7 @@ def gaussian_nll(
     return elementwise(_gaussian, predictions, targets, positive("scale", scale))
 
 
+@whole
 def _gaussian(r: Array, scale: Array) -> Array:
     u = _ratio(r, scale)
     return (0.5 * u) * u + (jnp.log(scale) + 0.5 * math.log(2 * math.pi))
@@ -404,6 +406,7 @@ def laplace_nll(
     return elementwise(_laplace, predictions, targets, positive("scale", scale))
 
 
+@whole
 def _laplace(r: Array, scale: Array) -> Array:
     return _ratio(absolute_error(r), scale) + (jnp.log(scale) + math.log(2))
 
@@ -448,6 +451,7 @@ def student_t_nll(
     )
 
 
+@whole
 def _student_t(r: Array, df: Array, scale: Array) -> Array:
     normaliser = jnp.log(scale) + (0.5 * math.log(2 * math.pi) + _student_t_excess(df))
     normal = jnp.isinf(df)
@@ -537,6 +541,7 @@ def general_nll(
     )
 
 
+@whole
 def _general_nll(r: Array, alpha: Array, scale: Array) -> Array:
     return _general_distance(r, alpha, scale) + (jnp.log(scale) + _log_partition(alpha))
 
