@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
 from jax.test_util import check_grads
 from mpmath import mp, mpf
-from witnesses import TRUTH, at_infinity, loss
+from witnesses import FEW, TRUTH, at_infinity, loss
 
 import robustloss as rl
 from robustloss.losses import asymmetric, convex, redescending
@@ -88,8 +88,10 @@ def test_every_nesting_to_third_order(name, order):
             note = f"{[op.__name__ for op in ops]} of arguments {of}"
             # The truth has 50 digits, so what is 0 in it may show as 1e-51. Some derivatives
             # pass through 0 at |r| = delta, or are a difference of knots.
-            crossing = (np.abs(r) == d) | ("knots" in TRUTH[name].fixed)
-            for at, atol in ((crossing, 1e-14), (~crossing, 1e-40)):
+            knots = TRUTH[name].fixed.get("knots", ())
+            crossing = (np.abs(r) == d) | bool(knots)
+            terms = 1e-14 * max((1, *knots)) ** 2
+            for at, atol in ((crossing, terms), (~crossing, 1e-40)):
                 np.testing.assert_allclose(
                     result[at], np.array(true)[at], rtol=1e-9, atol=atol, err_msg=note
                 )
@@ -115,10 +117,13 @@ def test_special_residuals(name, dtype, delta):
     r = jnp.array([0.0, -0.0, INF, -INF, NAN, *ties], dtype)
     f = (lambda r: loss(name)(r, delta=delta)) if name in SCALED else loss(name)
     true = [rounded([expected(name, float(x), delta, m, 0) for x in r], dtype) for m in (1, 2)]
+    # A curvature that passes through 0 elsewhere is measured beside its terms.
+    terms = np.broadcast_to(TRUTH[name].sizes(np.array([delta]), delta)[2], 1)[0]
+    size = np.maximum(np.abs(true[1]), np.where(np.isin(r, ties), terms, 0))
     for mode in MODES:
-        slope, bend = (jax.jit(jax.vmap(g))(r) for g in (mode(f), mode(mode(f))))
+        slope, bend = jax.jit(jax.vmap(lambda r, mode=mode: (mode(f)(r), mode(mode(f))(r))))(r)
         np.testing.assert_allclose(slope.astype(jnp.float32), true[0], rtol=3e-7)
-        np.testing.assert_allclose(bend.astype(jnp.float32), true[1], rtol=3e-7)
+        assert np.all((np.abs(bend - true[1]) <= 3e-7 * size) | (np.isnan(bend) & np.isnan(size)))
     value = f(r)
     true = rounded([expected(name, float(x), delta, 0, 0) for x in r[:5]], dtype)
     np.testing.assert_allclose(value[:5].astype(jnp.float32), true, rtol=3e-7)
@@ -130,18 +135,24 @@ def rounded(x: list[float], dtype) -> np.ndarray:
         return np.float64(x).astype(dtype).astype(np.float32)
 
 
+def of_kink(r, kink):
+    return rl.absolute_error(r, kink=kink)
+
+
+@jax.jit
+def at_kink(r, kink):
+    slopes = [mode(of_kink)(r, kink) for mode in MODES]
+    return slopes, [mode(mode(of_kink))(r, kink) for mode in MODES]
+
+
 @pytest.mark.parametrize("kink", [-1.0, -0.3, 0.0, 0.25, 1.0])
 def test_the_kink_is_taken_exactly(kink):
-    def f(r, kink):
-        return rl.absolute_error(r, kink=kink)
-
-    for mode, zero, dtype in itertools.product(
-        MODES, (0.0, -0.0), (jnp.float16, jnp.bfloat16, jnp.float32)
-    ):
-        r = jnp.array(zero, dtype)
-        assert mode(f)(r, kink) == jnp.array(kink, dtype)
-        assert jax.jit(mode(f))(r, kink) == jnp.array(kink, dtype)
-        assert mode(mode(f))(r, kink) == 0
+    f = of_kink
+    for zero, dtype in itertools.product((0.0, -0.0), (jnp.float16, jnp.bfloat16, jnp.float32)):
+        slopes, bends = at_kink(jnp.array(zero, dtype), kink)
+        assert slopes == [jnp.array(kink, dtype)] * 2
+        assert bends == [0, 0]
+    assert [mode(f)(zero, kink) for mode in MODES for zero in (0.0, -0.0)] == [np.float32(kink)] * 4
     slopes = jax.vmap(jax.grad(f), (0, None))(jnp.array([-2.0, 3.0, NAN]), kink)
     np.testing.assert_array_equal(slopes, [-1, 1, NAN])
     assert jax.grad(f, 1)(0.0, kink) == 0
@@ -155,8 +166,9 @@ def spread(many: int = 999) -> np.ndarray:
     return np.r_[bend, 2.0 ** random.uniform(-60, 60, many), SPECIAL].astype(np.float32)
 
 
-@pytest.mark.parametrize("run", [lambda f: f, jax.jit], ids=["eager", "jit"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "run"), [*((name, jax.jit) for name in NAMES), *((name, lambda f: f) for name in FEW)]
+)
 def test_differentiating_keeps_the_value(name, run):
     r, d = spread(), np.float32(1.5)
     f = of_two(name)
@@ -203,24 +215,28 @@ def test_transformations_agree(name):
 
     ways = {
         "sum": jax.grad(total),
-        "jit": jax.jit(slope),
-        "scan": jax.jit(scanned),
+        "scan": scanned,
         "through scan": jax.grad(
             lambda r, d: jax.lax.scan(lambda c, x: (c + f(x, d), 0), 0.0, r)[0]
         ),
         "remat": jax.grad(jax.checkpoint(total)),
         "linearize": lambda r, d: jax.linearize(lambda r: f(r, d), r)[1](jnp.ones_like(r)),
-        "while": jax.jit(lambda r, d: jax.lax.map(lambda x: jax.grad(f)(x, d), r)),
+        "map": lambda r, d: jax.lax.map(lambda x: jax.grad(f)(x, d), r),
     }
-    for how, way in ways.items():
-        chex.assert_trees_all_close(way(r, d), slope(r, d), rtol=1e-6, custom_message=how)
-    hessian = jax.hessian(total)(r, d)
-    chex.assert_trees_all_close(hessian, jnp.diag(curvature(r, d)), rtol=1e-6)
-    swapped = jax.jacrev(jax.jacfwd(total))(r, d)
-    chex.assert_trees_all_close(swapped, hessian, rtol=1e-6)
+
+    def every(r, d):
+        hessians = [jax.hessian(total)(r, d), jax.jacrev(jax.jacfwd(total))(r, d)]
+        return slope(r, d), curvature(r, d), hessians, [way(r, d) for way in ways.values()]
+
+    for run in (jax.jit, lambda f: f) if name in FEW else (jax.jit,):
+        slopes, bends, hessians, others = run(every)(r, d)
+        for how, other in zip(ways, others, strict=True):
+            chex.assert_trees_all_close(other, slopes, rtol=1e-6, custom_message=how)
+        for hessian in hessians:
+            chex.assert_trees_all_close(hessian, jnp.diag(bends), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FEW)
 def test_numerical_derivatives(name):
     arguments = (np.array([-3.0, -0.8, 0.4, 2.1]), np.array([1.4, 0.9, 1.7, 0.3]))
     with jax.enable_x64(True):
@@ -236,7 +252,7 @@ def check_sharded(devices: int) -> None:
     mesh = jax.make_mesh((devices,), ("rows",), axis_types=(AxisType.Auto,))
     rows, whole = PartitionSpec("rows"), PartitionSpec()
     r, d = jnp.linspace(-4, 4, 64), jnp.float32(1.5)
-    for name in NAMES:
+    for name in NAMES if devices > 1 else FEW:
         f = of_two(name)
 
         def total(r, d, f=f):
@@ -245,12 +261,15 @@ def check_sharded(devices: int) -> None:
         def slopes(r, d, f=f):
             return jax.vmap(jax.grad(f), (0, None))(r, d)
 
-        sharded = jax.shard_map(total, mesh=mesh, in_specs=(rows, whole), out_specs=whole)
-        inside = jax.shard_map(slopes, mesh=mesh, in_specs=(rows, whole), out_specs=rows)
-        got = jax.jit(jax.value_and_grad(sharded, (0, 1)))(r, d)
-        want = jax.value_and_grad(lambda r, d, f=f: f(r, d).sum(), (0, 1))(r, d)
-        chex.assert_trees_all_close(got, want, rtol=1e-5)
-        chex.assert_trees_all_close(jax.jit(inside)(r, d), slopes(r, d), rtol=1e-6)
+        def sharded(r, d, total=total, slopes=slopes):
+            summed = jax.shard_map(total, mesh=mesh, in_specs=(rows, whole), out_specs=whole)
+            inside = jax.shard_map(slopes, mesh=mesh, in_specs=(rows, whole), out_specs=rows)
+            return jax.value_and_grad(summed, (0, 1))(r, d), inside(r, d)
+
+        def plain(r, d, f=f, slopes=slopes):
+            return jax.value_and_grad(lambda r, d: f(r, d).sum(), (0, 1))(r, d), slopes(r, d)
+
+        chex.assert_trees_all_close(jax.jit(sharded)(r, d), jax.jit(plain)(r, d), rtol=1e-5)
 
 
 def test_shard_map_on_one_device():
@@ -263,7 +282,7 @@ def test_shard_map_on_eight_devices():
     subprocess.run(run, env=environment, check=True, timeout=200)
 
 
-@pytest.mark.parametrize("name", SCALED)
+@pytest.mark.parametrize("name", ["huber", "tukey", "hampel(knots=(1.5, 3.5, 8.0))"])
 @pytest.mark.parametrize("shape", [(), (4,), (1,), (3, 1), (1, 4), (3, 4)])
 def test_delta_broadcasts(name, shape):
     random = np.random.default_rng(4)
@@ -428,8 +447,7 @@ def test_laws_of_the_asymmetric_family(name, r, d, q):
 
 
 @pytest.mark.parametrize("name", asymmetric.__all__)
-@pytest.mark.parametrize("q", [0.1, 0.5, 0.75])
-def test_derivatives_in_q(name, q):
+def test_derivatives_in_q(name):
     """Every nesting of two in r, q and delta, against mpmath; and the limits at inf, NaN."""
     scaled = "delta" in inspect.signature(rl.LOSSES[name]).parameters
 
@@ -447,12 +465,14 @@ def test_derivatives_in_q(name, q):
     with jax.enable_x64(True):
         for i, j in itertools.product(of_what, of_what):
             orders = [(i == k) + (j == k) for k in range(3)]
-            want = [float(mp.diff(truth, (mpf(x), mpf(q), mpf(d)), orders)) for x in r]
-            for outer, inner in itertools.product(MODES, MODES):
-                g = jax.jit(jax.vmap(outer(inner(f, i), j), (0, None, None)))
-                np.testing.assert_allclose(g(r, q, d), want, rtol=1e-9, atol=1e-12)
-                assert np.isnan(g(np.array([NAN]), q, d)[0]) or want == [0] * len(r)
-                assert not np.isnan(g(np.array([INF, -INF, 0.0]), q, d)).any()
+            nestings = [outer(inner(f, i), j) for outer in MODES for inner in MODES]
+            run = jax.jit(lambda r, q: [jax.vmap(g, (0, None, None))(r, q, d) for g in nestings])  # noqa: B023
+            for q in (0.1, 0.5, 0.75):
+                want = [float(mp.diff(truth, (mpf(x), mpf(q), mpf(d)), orders)) for x in r]
+                for got in run(np.r_[r, INF, -INF, 0.0, NAN], q):
+                    np.testing.assert_allclose(got[: len(r)], want, rtol=1e-9, atol=1e-12)
+                    assert np.isnan(got[-1]) or want == [0] * len(r)
+                    assert not np.isnan(got[-4:-1]).any()
 
 
 def test_limits_of_the_asymmetric_losses():
@@ -484,7 +504,7 @@ def test_the_kink_of_the_quantile_loss(kink):
     np.testing.assert_array_equal(slopes, [-0.25, 0.75, NAN])
 
 
-@pytest.mark.parametrize("modes", list(itertools.product(MODES, MODES)))
+@pytest.mark.parametrize("modes", [MODES, MODES[::-1]])
 def test_derivatives_in_the_knots(modes):
     """Of Hampel's loss, every second one, against mpmath."""
     outer, inner = modes
@@ -500,10 +520,11 @@ def test_derivatives_in_the_knots(modes):
                 return hampel_of(r, d, a, b, c)
 
             g = jax.jit(jax.vmap(outer(inner(f, i), j), (0, None, None, None, None)))
+            got = g(np.r_[r, INF, -INF, 0.0], *arguments)
             orders = [(i == k) + (j == k) for k in range(5)]
             want = [float(mp.diff(truth, (mpf(x), *map(mpf, arguments)), orders)) for x in r]
-            np.testing.assert_allclose(g(r, *arguments), want, rtol=1e-9, atol=1e-12)
-            assert not np.isnan(g(np.array([INF, -INF, 0.0]), *arguments)).any()
+            np.testing.assert_allclose(got[:-3], want, rtol=1e-9, atol=1e-12)
+            assert not np.isnan(got[-3:]).any()
 
 
 def hampel_of(r, d, a, b, c):

@@ -65,7 +65,8 @@ def general(
 
     Returns:
         The loss of each residual, in its shape and in the dtype that JAX promotes to.
-        NaN stays NaN; at an infinite residual every derivative is its limit.
+        NaN stays NaN; at an infinite residual, derivatives to the second order, and the third
+        by r and delta, are their limits.
 
     Raises:
         ValueError: the shapes differ, `alpha` is NaN, or `delta` is not > 0 (traced: the
@@ -128,7 +129,7 @@ def _slope(r: Array, alpha: Array, delta: Array) -> Array:
 @with_partials(
     lambda r, alpha, d: _third(r, alpha, d),
     lambda r, alpha, d: _curvature_by_alpha(r, alpha, d),
-    lambda r, alpha, d: -_ratio(r, d) * _third(r, alpha, d),
+    lambda r, alpha, d: _third(r, alpha, d, 1),
 )
 def _curvature(r: Array, alpha: Array, delta: Array) -> Array:
     """E (1 - beta t), t = 1 - 1 / w."""
@@ -141,11 +142,16 @@ def _curvature(r: Array, alpha: Array, delta: Array) -> Array:
     return _at_infinity(r, limit, _scaled(power * bend, exponent))
 
 
-def _third(r: Array, alpha: Array, delta: Array) -> Array:
-    beta = _two_minus(alpha)
-    b, t = jnp.abs(beta), _fraction_of(r, alpha, delta)
-    factor = 3 * _inverse(r, b, delta) + (1 - beta) * t
-    return -_per(beta * t, r) * _power(r, alpha, delta) * factor
+def _third(r: Array, alpha: Array, delta: Array, k: int = 0) -> Array:
+    """(-r / delta)**k times the third derivative by r, which goes like r**(alpha - 3)."""
+    beta, x = _two_minus(alpha), _tame(r)
+    b, t = jnp.abs(beta), _fraction_of(x, alpha, delta)
+    factor = 3 * _inverse(x, b, delta) + (1 - beta) * t
+    third = -_per(beta * t, x) * _power(x, alpha, delta) * factor * (-_ratio(x, delta)) ** k
+    ends = jnp.where(alpha < 3 - k, 0, (-1) ** k * _sign_infinity((alpha - 1) * (alpha - 2)))
+    flat_end = {0: 2 / delta, 3: -4 / delta}.get(k, 0.0)  # at alpha = 3 - k
+    ends = jnp.where(alpha == 3 - k, flat_end, ends)
+    return _at_infinity(r, ends * jnp.sign(r) ** (k + 1), third)
 
 
 def _curvature_by_alpha(r: Array, alpha: Array, delta: Array) -> Array:
@@ -171,9 +177,9 @@ def _slope_by_alpha(r: Array, alpha: Array, delta: Array) -> Array:
 
 
 @with_partials(
-    lambda r, alpha, d: -_ratio(r, d) * _third(r, alpha, d),
+    lambda r, alpha, d: _third(r, alpha, d, 1),
     lambda r, alpha, d: _slope_by_alpha_delta(r, alpha, d),
-    lambda r, alpha, d: _ratio(r, d) ** 2 * _third(r, alpha, d),
+    lambda r, alpha, d: _third(r, alpha, d, 2),
 )
 def _slope_by_delta(r: Array, alpha: Array, delta: Array) -> Array:
     """r E beta t / delta."""
@@ -255,9 +261,9 @@ def _by_alpha_delta(r: Array, alpha: Array, delta: Array) -> Array:
 
 
 @with_partials(
-    lambda r, alpha, d: _ratio(r, d) ** 2 * _third(r, alpha, d),
+    lambda r, alpha, d: _third(r, alpha, d, 2),
     lambda r, alpha, d: (_by_alpha_delta(r, alpha, d) - r * _slope_by_alpha_delta(r, alpha, d)) / d,
-    lambda r, alpha, d: -(_ratio(r, d) ** 3) * _third(r, alpha, d),
+    lambda r, alpha, d: _third(r, alpha, d, 3),
 )
 def _by_delta2(r: Array, alpha: Array, delta: Array) -> Array:
     x, beta = _tame(r), _two_minus(alpha)

@@ -74,10 +74,12 @@ def cauchy(
 def _cauchy(r: Array, delta: Array) -> Array:
     # log(1 + z) = 2 atanh(s), s = z / (2 + z), for z = u**2 up to 1.
     a, delta = jnp.abs(r), finite(delta)
-    z = ratio(r, delta) ** 2
+    t = ratio(r, delta)
+    z, _ = product(t, t)  # which cannot be fused into 2 + z in one program and not in another
     s = z / (2 + z)
-    near = a * (a / (2 + z)) * (1 + s * s * atanh_series(s * s))
-    far = delta * (delta * (_log(a, delta) + 0.5 * jnp.log1p(z)))
+    series = 1 + s * s * atanh_series(s * s)
+    near = a * (a / (2 + z)) * series
+    far = delta * (delta * (_log(a, delta) + s * series))
     return jnp.where(a > delta, far, near)
 
 
