@@ -176,7 +176,7 @@ def plot(result: Result) -> dict[str, Figure]:
     with mpl.rc_context(_plotting.STYLE):
         for family in families.FAMILIES:
             name = family.__name__.rsplit(".", 1)[-1]
-            members = {n: result.losses[n] for n in family.__all__}
+            members = {n: loss for n, loss in result.losses.items() if loss.family == name}
             sheets[name] = _sheet(name, members, result)
     return sheets
 

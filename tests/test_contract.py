@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from witnesses import LOSSES, TRUTH, knobs
+from witnesses import FEW, LOSSES, TRUTH, few_first, knobs
 
 import robustloss as rl
 from robustloss import losses
@@ -174,8 +174,10 @@ def check_refusal(loss, knob, bad):
             run(f)(r)
 
 
-@pytest.mark.parametrize("argument", ["r", "delta"])
-@pytest.mark.parametrize("name", SCALED)
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [*((name, "delta") for name in SCALED), *((name, "r") for name in FEW if name in SCALED)],
+)
 def test_a_traced_bad_delta_is_nan(name, argument):
     """Value, slope and curvature, in either argument."""
 
@@ -215,7 +217,7 @@ def test_delta_never_enlarges_the_residual(name):
         LOSSES[name](jnp.ones(3), delta=jnp.ones(4))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few_first(NAMES))
 def test_ways_to_give_the_same_numbers(name):
     f = LOSSES[name]
     want = f(jnp.array([3.0, -1.0, 0.0]))
@@ -236,7 +238,7 @@ def test_ways_to_give_the_same_numbers(name):
 
 
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few_first(NAMES))
 def test_dtypes(name, strict):
     f = LOSSES[name]
     wide = [jnp.float64] if not strict else []
@@ -265,7 +267,7 @@ def test_dtypes(name, strict):
             assert f(half, **{knob: jnp.float32(0.125)}).dtype == jnp.float32
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few_first(NAMES))
 def test_strict_promotion_at_every_order(name):
     with jax.numpy_dtype_promotion("strict"):
         f = LOSSES[name]
@@ -279,7 +281,7 @@ def test_strict_promotion_at_every_order(name):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FEW)
 def test_differences_that_16_bits_cannot_hold(name, dtype):
     big = float(jnp.finfo(dtype).max)
     p, t = jnp.array(0.6 * big, dtype), jnp.array(-0.6 * big, dtype)
@@ -328,11 +330,13 @@ def test_what_is_no_loss_is_refused(wrong):
 
 @pytest.mark.parametrize("name", [name for name in SCALED if TRUTH[name].unit])
 def test_a_huge_delta_gives_half_the_square(name):
-    traced = jax.jit(jax.value_and_grad(lambda r, d: LOSSES[name](r, delta=d), (0, 1)))
+    @jax.jit
+    def traced(r, d):
+        f = jax.value_and_grad(lambda r, d: LOSSES[name](r, delta=d), (0, 1))
+        return f(r, d), rl.curvature(partial(LOSSES[name], delta=d), r)
+
     for delta in (1e37, 1e38, 3e38, np.inf):
-        loss = partial(LOSSES[name], delta=delta)
-        views = loss(2.0), jax.grad(loss)(2.0), rl.curvature(loss, 2.0)
-        assert [float(v) for v in views] == [2, 2, 1]
-        value, (slope, by_delta) = traced(2.0, delta)
-        assert (value, slope) == (2, 2)
+        assert LOSSES[name](2.0, delta=delta) == 2
+        (value, (slope, by_delta)), bend = traced(2.0, delta)
+        assert (value, slope, bend) == (2, 2, 1)
         assert abs(by_delta) < 1e-30

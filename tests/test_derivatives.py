@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
 from jax.test_util import check_grads
 from mpmath import mp, mpf
-from witnesses import FEW, TRUTH, at_infinity, loss
+from witnesses import FEW, TRUTH, at_infinity, few_first, loss
 
 import robustloss as rl
 from robustloss.losses import asymmetric, convex, redescending
@@ -61,7 +61,7 @@ def expected(name: str, r: float, d: float, m: int, n: int) -> float:
     return at_infinity(TRUTH[name], np.sign(r), d, m, n)
 
 
-@pytest.mark.parametrize("order", [0, 1, 2, 3])
+@pytest.mark.parametrize("order", [0, 1, 2, pytest.param(3, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_nesting_to_third_order(name, order):
     """All orders in r and delta, in every order of arguments and of modes."""
@@ -69,11 +69,13 @@ def test_every_nesting_to_third_order(name, order):
     d = np.r_[D, np.full_like(SPECIAL, 1.5)] if name in SCALED else np.ones_like(r)
     operators = (*MODES, jax.grad) if order == 1 else MODES
     nestings = list(itertools.product(operators, repeat=order))
+    if order == 2:
+        nestings = [MODES, MODES[::-1]]
     arguments = (0, 1) if name in SCALED else (0,)
     cases = [(of, nestings) for of in itertools.product(arguments, repeat=order)]
-    if order == 3:  # all 64 are slow to compile; here, each argument is first and last
+    if order == 3:  # all 64 are slow to compile
         alternating = [(jax.jacfwd, jax.jacrev, jax.jacfwd), (jax.jacrev, jax.jacfwd, jax.jacrev)]
-        some = [(0, 0, 0), (1, 0, 0), (0, 1, 1), (1, 1, 1)][: 4 if name in SCALED else 1]
+        some = [(0, 0, 0), (0, 1, 1)][: 2 if name in SCALED else 1]
         cases = [(of, [alternating[sum(of) % 2]]) for of in some]
 
     def derivatives(r, d):
@@ -97,42 +99,46 @@ def test_every_nesting_to_third_order(name, order):
                 )
 
 
-SPECIALS = [
-    (name, dtype, delta)
-    for name in NAMES
-    for dtype in (jnp.float16, jnp.bfloat16, jnp.float32)
-    for delta in (
-        (1.0, 1e-30, 1e30) if dtype == jnp.float32 else (0.37,) if name in SCALED else (1.0,)
-    )
-    if delta == 1 or name in SCALED
-]
+@pytest.mark.parametrize("name", NAMES)
+def test_special_residuals(name):
+    """Value, slope and curvature at 0, +-delta, inf and NaN, in both modes.
+
+    Those of 16 bits are among all inputs, in test_accuracy.
+    """
+    forward, reverse = MODES
+
+    @jax.jit
+    def views(r, d):
+        def f(r):
+            return loss(name)(r, delta=d) if name in SCALED else loss(name)(r)
+
+        modes = (f, forward(f), reverse(f), reverse(forward(f)), forward(reverse(f)))
+        return [jax.vmap(g)(r) for g in modes]
+
+    for delta in (1.0, 1e-30, 1e30) if name in SCALED else (1.0,):
+        check_special(name, views, float(np.float32(delta)))
 
 
-@pytest.mark.parametrize(("name", "dtype", "delta"), SPECIALS)
-def test_special_residuals(name, dtype, delta):
-    """Value, slope and curvature at 0, +-delta, inf and NaN, in both modes."""
-    delta = float(np.float32(delta))
-    # 16 bits do not hold every delta.
-    ties = [delta, -delta] if dtype == jnp.float32 else []
-    r = jnp.array([0.0, -0.0, INF, -INF, NAN, *ties], dtype)
-    f = (lambda r: loss(name)(r, delta=delta)) if name in SCALED else loss(name)
-    true = [rounded([expected(name, float(x), delta, m, 0) for x in r], dtype) for m in (1, 2)]
+def check_special(name, views, delta):
+    ties = [delta, -delta]
+    r = jnp.array([0.0, -0.0, INF, -INF, NAN, *ties], jnp.float32)
+    value, *slopes_and_bends = views(r, delta)
+    true = [rounded([expected(name, float(x), delta, m, 0) for x in r]) for m in (1, 2)]
     # A curvature that passes through 0 elsewhere is measured beside its terms.
     terms = np.broadcast_to(TRUTH[name].sizes(np.array([delta]), delta)[2], 1)[0]
     size = np.maximum(np.abs(true[1]), np.where(np.isin(r, ties), terms, 0))
-    for mode in MODES:
-        slope, bend = jax.jit(jax.vmap(lambda r, mode=mode: (mode(f)(r), mode(mode(f))(r))))(r)
-        np.testing.assert_allclose(slope.astype(jnp.float32), true[0], rtol=3e-7)
-        assert np.all((np.abs(bend - true[1]) <= 3e-7 * size) | (np.isnan(bend) & np.isnan(size)))
-    value = f(r)
-    true = rounded([expected(name, float(x), delta, 0, 0) for x in r[:5]], dtype)
-    np.testing.assert_allclose(value[:5].astype(jnp.float32), true, rtol=3e-7)
-    chex.assert_type([value, slope, bend], dtype)
+    for slope, bend in zip(slopes_and_bends[:2], slopes_and_bends[2:], strict=True):
+        np.testing.assert_allclose(slope, true[0], rtol=3e-7)
+        off = np.abs(bend - true[1])
+        assert np.all((off <= 3e-7 * size) | (np.isnan(off) & np.isnan(size)))
+    true = rounded([expected(name, float(x), delta, 0, 0) for x in r[:5]])
+    np.testing.assert_allclose(value[:5], true, rtol=3e-7)
+    chex.assert_type([value, slope, bend], jnp.float32)
 
 
-def rounded(x: list[float], dtype) -> np.ndarray:
+def rounded(x: list[float]) -> np.ndarray:
     with np.errstate(over="ignore"):
-        return np.float64(x).astype(dtype).astype(np.float32)
+        return np.float64(x).astype(np.float32)
 
 
 def of_kink(r, kink):
@@ -181,13 +187,14 @@ def test_differentiating_keeps_the_value(name, run):
 
     others = {
         "jvp": run(lambda r, d: jax.jvp(f, (r, d), (ones, jnp.ones_like(d))))(r, d)[0],
-        "linearize": run(lambda r, d: jax.linearize(f, r, d)[0])(r, d),
-        "vjp": run(pull)(r, d)[0],
         "value_and_grad": run(jax.vmap(jax.value_and_grad(f, (0, 1)), (0, None)))(r, d)[0],
         "second": run(lambda r, d: jax.jvp(partial(derivative_and_value, f, d), (r,), (ones,)))(
             r, d
         )[0][0],
     }
+    if name in FEW:
+        others["linearize"] = run(lambda r, d: jax.linearize(f, r, d)[0])(r, d)
+        others["vjp"] = run(pull)(r, d)[0]
     for how, other in others.items():
         np.testing.assert_array_equal(bits(other), bits(value), err_msg=how)
 
@@ -200,7 +207,7 @@ def bits(x: jax.Array) -> np.ndarray:
     return np.where(np.isnan(x), np.float32(NAN), x).view(np.int32)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few_first(NAMES))
 def test_transformations_agree(name):
     r, d = spread(50)[:-3], np.float32(1.5)  # without infinities and NaN
     f = of_two(name)
@@ -228,7 +235,7 @@ def test_transformations_agree(name):
         hessians = [jax.hessian(total)(r, d), jax.jacrev(jax.jacfwd(total))(r, d)]
         return slope(r, d), curvature(r, d), hessians, [way(r, d) for way in ways.values()]
 
-    for run in (jax.jit, lambda f: f) if name in FEW else (jax.jit,):
+    for run in (jax.jit, lambda f: f) if name == "huber" else (jax.jit,):
         slopes, bends, hessians, others = run(every)(r, d)
         for how, other in zip(ways, others, strict=True):
             chex.assert_trees_all_close(other, slopes, rtol=1e-6, custom_message=how)
@@ -236,7 +243,7 @@ def test_transformations_agree(name):
             chex.assert_trees_all_close(hessian, jnp.diag(bends), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", ["huber", "tukey"])
 def test_numerical_derivatives(name):
     arguments = (np.array([-3.0, -0.8, 0.4, 2.1]), np.array([1.4, 0.9, 1.7, 0.3]))
     with jax.enable_x64(True):
@@ -252,7 +259,7 @@ def check_sharded(devices: int) -> None:
     mesh = jax.make_mesh((devices,), ("rows",), axis_types=(AxisType.Auto,))
     rows, whole = PartitionSpec("rows"), PartitionSpec()
     r, d = jnp.linspace(-4, 4, 64), jnp.float32(1.5)
-    for name in NAMES if devices > 1 else FEW:
+    for name in (*FEW, "general(alpha=-1.5)") if devices > 1 else FEW:
         f = of_two(name)
 
         def total(r, d, f=f):
@@ -282,8 +289,8 @@ def test_shard_map_on_eight_devices():
     subprocess.run(run, env=environment, check=True, timeout=200)
 
 
-@pytest.mark.parametrize("name", ["huber", "tukey", "hampel(knots=(1.5, 3.5, 8.0))"])
-@pytest.mark.parametrize("shape", [(), (4,), (1,), (3, 1), (1, 4), (3, 4)])
+@pytest.mark.parametrize("name", ["huber", "hampel(knots=(1.5, 3.5, 8.0))"])
+@pytest.mark.parametrize("shape", [(), (4,), (3, 1), (3, 4)])
 def test_delta_broadcasts(name, shape):
     random = np.random.default_rng(4)
     r = random.normal(size=(3, 4)).astype(np.float32) * 2
@@ -315,7 +322,7 @@ def test_huber_with_infinite_delta(mode, run):
     np.testing.assert_array_equal(by_delta[:4], 0)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FEW)
 def test_integers_have_no_tangent(name):
     f = loss(name)
     p, t = jnp.array([1.5, -2.0, 7.25]), jnp.array([1, 2, -3])
@@ -343,12 +350,15 @@ def test_scale_law(name):
 @pytest.mark.parametrize("name", [name for name in NAMES if TRUTH[name].unit])
 def test_half_the_square_near_zero(name):
     f = of_two(name)
+    views = (f, jax.grad(f), jax.grad(jax.grad(f)))
+    run = jax.jit(lambda r, d: [jax.vmap(g, (0, None))(r, d) for g in views])
     with jax.enable_x64(True):
         for d in TRUTH[name].deltas:
-            r = 1e-12 * d * np.array([-1.0, 1.0])
-            np.testing.assert_allclose(f(r, d), r * r / 2, rtol=1e-11)
-            np.testing.assert_allclose(jax.vmap(jax.grad(f), (0, None))(r, d), r, rtol=1e-11)
-            assert jax.grad(jax.grad(f))(0.0, d) == 1
+            r = 1e-12 * d * np.array([-1.0, 1.0, 0.0])
+            value, slope, bend = run(r, d)
+            np.testing.assert_allclose(value, r * r / 2, rtol=1e-11)
+            np.testing.assert_allclose(slope, r, rtol=1e-11)
+            assert bend[2] == 1
 
 
 SOME = st.lists(
@@ -446,6 +456,7 @@ def test_laws_of_the_asymmetric_family(name, r, d, q):
     np.testing.assert_array_equal(slope[0][r == 0], 0)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", asymmetric.__all__)
 def test_derivatives_in_q(name):
     """Every nesting of two in r, q and delta, against mpmath; and the limits at inf, NaN."""
@@ -504,6 +515,7 @@ def test_the_kink_of_the_quantile_loss(kink):
     np.testing.assert_array_equal(slopes, [-0.25, 0.75, NAN])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("modes", [MODES, MODES[::-1]])
 def test_derivatives_in_the_knots(modes):
     """Of Hampel's loss, every second one, against mpmath."""

@@ -20,7 +20,13 @@ from experiments.data import load, names
 
 OPTIMA = json.loads((Path(__file__).parent / "reference" / "optima.json").read_text())["datasets"]
 LBFGS = optax.lbfgs()
+SGD = optax.sgd(0.3)
+ADAM = optax.adam(optax.cosine_decay_schedule(0.1, 3000))
 KEY = jax.random.key(0)
+
+
+tiered = ["california", "phones", "siegel", "hbk"]
+tiered += [pytest.param(n, marks=pytest.mark.thorough) for n in names() if n not in tiered]
 
 
 def half_squared(r):
@@ -44,6 +50,15 @@ def standardised(data):
     return X, (data.y - mean) / sd, sd, coefficients
 
 
+def padded(X, y):
+    """Of one of two shapes, so that few programs are compiled, and what is no padding."""
+    rows, columns = (max(256, len(y)), 10)
+    keep = np.arange(rows) < len(y)
+    whole = np.zeros((rows, columns))
+    whole[: len(y), : X.shape[1]] = X
+    return whole, np.r_[y, np.full(rows - len(y), np.nan)], keep
+
+
 def line(n=40, outliers=4, seed=0):
     rng = np.random.default_rng(seed)
     X = np.column_stack([np.ones(n), rng.normal(size=n)])
@@ -56,11 +71,12 @@ def test_every_data_set_has_its_optima():
     assert set(OPTIMA) == set(names())
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", tiered)
 def test_reaches_the_optimum_in_float64(name):
     data = load(name)
     with jax.enable_x64(True):
         X, y, sd, coefficients = standardised(data)
+        rows, targets, keep = padded(X, y)
         assert OPTIMA[name]["problems"]
         for problem in OPTIMA[name]["problems"]:
             scale = problem["scale"]
@@ -71,22 +87,28 @@ def test_reaches_the_optimum_in_float64(name):
                 "log_cosh": partial(rl.log_cosh, delta=delta),
                 "pseudo_huber": partial(rl.pseudo_huber, delta=delta),
             }[problem["loss"]]
-            start = np.zeros(X.shape[1])
-            found = rl.fit(loss, plane, start, X, y, optimizer=LBFGS, steps=2000)
+            found = rl.fit(
+                loss, plane, np.zeros(10), rows, targets,
+                where=keep, optimizer=LBFGS, steps=2000,
+            )  # fmt: skip
             objective = float(found.value) * len(y) * (sd / scale) ** 2
             assert found.converged
             assert objective == pytest.approx(problem["objective"], rel=1e-10)
-            np.testing.assert_allclose(found.params, coefficients(problem["coef"]), atol=1e-6)
+            want = np.zeros(10)
+            want[: X.shape[1]] = coefficients(problem["coef"])
+            np.testing.assert_allclose(found.params, want, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", tiered)
 def test_first_order_mae_is_near_its_exact_objective(name):
     data = load(name)
     with jax.enable_x64(True):
         X, y, sd, _ = standardised(data)
-        adam = optax.adam(optax.cosine_decay_schedule(0.1, 3000))
-        start = np.zeros(X.shape[1])
-        found = rl.fit(rl.absolute_error, plane, start, X, y, optimizer=adam, steps=3000)
+        rows, targets, keep = padded(X, y)
+        found = rl.fit(
+            rl.absolute_error, plane, np.zeros(10), rows, targets,
+            where=keep, optimizer=ADAM, steps=3000,
+        )  # fmt: skip
         objective = float(found.value) * len(y) * sd
     assert objective == pytest.approx(OPTIMA[name]["mae"]["objective"], rel=1e-3)
     assert bool(found.converged) <= (not OPTIMA[name]["mae"]["unique"])
@@ -137,20 +159,20 @@ def test_optimizers_agree(optimizer):
 def test_a_perfect_start_stays_and_a_perfect_fit_converges():
     X, _ = line()
     truth = jnp.array([1.0, 2.0])
-    for loss in FEW.values():
-        stays = rl.fit(loss, plane, truth, X, X @ truth, optimizer=LBFGS, steps=10)
+    for loss in (rl.absolute_error, rl.huber):
+        stays = rl.fit(loss, plane, truth, X, X @ truth, optimizer=SGD, steps=3000)
         assert stays.converged
         assert stays.steps == 0
-    found = rl.fit(rl.huber, plane, jnp.zeros(2), X, X @ truth, optimizer=LBFGS, steps=500)
+    found = rl.fit(rl.huber, plane, jnp.zeros(2), X, X @ truth, optimizer=SGD, steps=3000)
     assert found.converged
     np.testing.assert_allclose(found.params, truth, atol=1e-4)
 
 
 def test_too_few_steps_and_broken_data_do_not_converge():
     X, y = line()
-    short = rl.fit(rl.huber, plane, jnp.zeros(2), X, y, optimizer=LBFGS, steps=2)
+    short = rl.fit(rl.huber, plane, jnp.zeros(2), X, y, optimizer=SGD, steps=2)
     assert not short.converged
-    nan = rl.fit(rl.huber, plane, jnp.zeros(2), X, y.at[0].set(jnp.nan), optimizer=LBFGS, steps=9)
+    nan = rl.fit(rl.huber, plane, jnp.zeros(2), X, y.at[0].set(jnp.nan), optimizer=SGD, steps=9)
     assert not nan.converged
     assert np.isnan(nan.value)
     wild = rl.fit(rl.squared_error, plane, jnp.zeros(2), X, y, optimizer=optax.sgd(9.0), steps=999)
@@ -169,7 +191,7 @@ def test_too_few_steps_and_broken_data_do_not_converge():
     ],
     ids=["far away", "one wild row", "warm-up from 0", "tiny steps"],
 )
-@pytest.mark.parametrize("loss", FEW.values(), ids=FEW)
+@pytest.mark.parametrize("loss", [rl.absolute_error, rl.huber, rl.tukey])
 def test_never_converged_before_the_gradient_is_small(loss, target, optimizer):
     x = jnp.arange(12.0) / 6 - 1
     X, y = jnp.stack([jnp.ones(12), x], axis=1), target(x)
@@ -195,12 +217,12 @@ def test_a_start_at_the_optimum_converges():
 
 def test_nothing_finite_is_never_converged():
     y = jnp.array([jnp.inf, -jnp.inf])
-    for loss in (rl.squared_error, rl.absolute_error, rl.huber, rl.log_cosh):
-        found = rl.fit(loss, lambda p, x: p * x, 0.0, y * 0 + 1, y, optimizer=LBFGS, steps=9)
+    for loss in (rl.squared_error, rl.huber):
+        found = rl.fit(loss, lambda p, x: p * x, 0.0, y * 0 + 1, y, optimizer=SGD, steps=9)
         assert not found.converged
     X = jnp.full((2, 1), jnp.nan)
     none = jnp.zeros(2, bool)
-    found = rl.fit(rl.huber, plane, jnp.ones(1), X, y, where=none, optimizer=LBFGS, steps=9)
+    found = rl.fit(rl.huber, plane, jnp.ones(1), X, y, where=none, optimizer=SGD, steps=9)
     np.testing.assert_array_equal(found.params, [1.0])
     assert found.value == 0
 
@@ -216,7 +238,7 @@ def test_mini_batches_minimise_the_weighted_mean_of_all_rows():
         )  # fmt: skip
 
     np.testing.assert_allclose(fit().params, 9.9, rtol=1e-4)
-    for size in (1, 2, 7):
+    for size in (1, 7):
         np.testing.assert_allclose(fit(batch_size=size, key=KEY).params, 9.9, rtol=5e-3)
 
 
@@ -227,8 +249,8 @@ def test_partial_models_keep_their_settings():
         return X @ params + shift if power == 1.0 else (X @ params) ** power
 
     settings = partial(model, power=1.0, shift=np.zeros(40, np.float32))
-    found = rl.fit(rl.huber, settings, jnp.zeros(2), X, y, optimizer=LBFGS, steps=300)
-    plain = rl.fit(rl.huber, plane, jnp.zeros(2), X, y, optimizer=LBFGS, steps=300)
+    found = rl.fit(rl.huber, settings, jnp.zeros(2), X, y, optimizer=SGD, steps=3000)
+    plain = rl.fit(rl.huber, plane, jnp.zeros(2), X, y, optimizer=SGD, steps=3000)
     np.testing.assert_allclose(found.params, plain.params, atol=1e-4)
 
 
@@ -236,7 +258,7 @@ def test_float32_parameters_take_float64_targets():
     with jax.enable_x64(True):
         X, y = (np.asarray(a, np.float64) for a in line())
         start = jnp.zeros(2, jnp.float32)
-        found = rl.fit(rl.huber, plane, start, X, y, optimizer=LBFGS, steps=300)
+        found = rl.fit(rl.huber, plane, start, X, y, optimizer=SGD, steps=3000)
         assert found.params.dtype == jnp.float32
         assert found.converged
 
@@ -245,7 +267,7 @@ def test_where_drops_rows_that_hold_anything():
     X, y = line()
     keep = jnp.arange(len(y)) % 5 != 1
     dirty = (jnp.where(keep[:, None], X, jnp.nan), jnp.where(keep, y, jnp.inf))
-    fit = partial(rl.fit, rl.log_cosh, plane, jnp.zeros(2), optimizer=LBFGS, steps=300)
+    fit = partial(rl.fit, rl.log_cosh, plane, jnp.zeros(2), optimizer=SGD, steps=3000)
     chex.assert_trees_all_close(
         fit(*dirty, where=keep).params, fit(X[keep], y[keep]).params, atol=1e-5
     )
@@ -257,7 +279,7 @@ def test_weights_count_rows():
     X, y = line()
     count = jnp.arange(len(y)) % 3
     repeated = jnp.repeat(jnp.arange(len(y)), count)
-    fit = partial(rl.fit, rl.pseudo_huber, plane, jnp.zeros(2), optimizer=LBFGS, steps=300)
+    fit = partial(rl.fit, rl.pseudo_huber, plane, jnp.zeros(2), optimizer=SGD, steps=3000)
     chex.assert_trees_all_close(
         fit(X, y, weights=count).params, fit(X[repeated], y[repeated]).params, atol=1e-4
     )
@@ -339,7 +361,7 @@ def test_bfloat16_parameters_train():
     np.testing.assert_allclose(found.params.astype(jnp.float32)[1], 2.0, atol=0.2)
 
 
-@pytest.mark.parametrize("batch_size", [7, 10, 40])
+@pytest.mark.parametrize("batch_size", [7, 40])
 def test_mini_batches(batch_size):
     X, y = line()
     adam = optax.adam(optax.cosine_decay_schedule(0.1, 2000))

@@ -55,8 +55,10 @@ def test_against_numpy(where, weights, axis):
         chex.assert_trees_all_equal(reduction(P, T, **given), want)
 
 
-@pytest.mark.parametrize("reduction", [rl.mean, rl.total])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "reduction"),
+    [*((name, rl.mean) for name in FEW), ("huber", rl.total)],
+)
 def test_what_is_dropped_may_hold_anything(name, reduction):
     """Value and gradient are those of the kept entries alone, in either argument."""
     loss, n = LOSSES[name], 6
@@ -71,7 +73,7 @@ def test_what_is_dropped_may_hold_anything(name, reduction):
             (p.at[4:].set(bad), t.at[4:].set(bad)),
         )
     ]
-    runs = (lambda f: f, jax.jit) if name in FEW else (jax.jit,)
+    runs = (lambda f: f, jax.jit) if name == "huber" else (jax.jit,)
     weighings = (None, jnp.linspace(0.5, 2, n)) if name in FEW else (None,)
     for w, run in itertools.product(weighings, runs):
 
@@ -163,7 +165,6 @@ def test_a_nan_among_many_shows(name):
         assert np.isnan(value)
         assert np.flatnonzero(np.isnan(gradient)).tolist() == [where]
     for g in (f, partial(rl.total, LOSSES[name])) if name in FEW else (f,):
-        assert np.isnan(jax.jit(g)(r))
         assert np.isnan(jax.jit(g)(jnp.ones_like(r), r))
 
 
@@ -222,8 +223,9 @@ def test_strict_promotion(name):
         f = jax.jit(partial(rl.mean, LOSSES[name]))
         for dtype in (jnp.float16, jnp.bfloat16, jnp.float32):
             p, w = jnp.asarray(P, dtype), jnp.asarray(WEIGHTS, dtype)
-            chex.assert_type([f(p), f(p, p, where=KEEP), f(p, weights=w, where=KEEP)], dtype)
-            jax.grad(f)(p, p, where=KEEP, weights=w)
+            ways = [{}, {"where": KEEP}, {"where": KEEP, "weights": w}]
+            chex.assert_type([jax.eval_shape(f, p, p, **way) for way in ways], dtype)
+            jax.eval_shape(jax.grad(f), p, p, where=KEEP, weights=w)
 
 
 def test_a_loss_of_the_users_own_in_16_bits_is_summed_in_float32():

@@ -10,12 +10,13 @@ without `delta` ignores it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
+import pytest
 from mpmath import mp, mpf
 
 import robustloss as rl
@@ -520,3 +521,8 @@ FEW = {
     name: LOSSES[name]
     for name in ("squared_error", "absolute_error", "huber", "tukey", "quantile(q=0.875)")
 }
+
+
+def few_first(names: Iterable[str]) -> list[Any]:
+    """Parameters of a test: those of `FEW`, and the others only where tests are thorough."""
+    return [n if n in FEW else pytest.param(n, marks=pytest.mark.thorough) for n in names]
