@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import itertools
 import math
 import re
+import time
 from pathlib import Path
 
 import chex
@@ -179,29 +179,22 @@ def true_derivatives(orders: tuple[int, int, int]) -> np.ndarray:
 FORWARD, REVERSE = MODES
 
 
-@pytest.mark.parametrize(
-    ("modes", "rtol"),
-    [
-        ((FORWARD,), 1e-14),
-        ((REVERSE,), 1e-14),
-        ((FORWARD, FORWARD), 1e-12),
-        ((REVERSE, FORWARD), 1e-12),
-        ((REVERSE, REVERSE), 1e-12),
-        ((FORWARD, FORWARD, FORWARD), 5e-8),
-    ],
-)
-def test_every_derivative(modes, rtol):
-    """In r, alpha and delta, in every order of arguments."""
-    f = lambda x: general(x[0], alpha=x[1], delta=x[2])  # noqa: E731
-    for mode in modes:
-        f = mode(f)
+@pytest.mark.thorough
+def test_every_derivative():
+    """To third order in r, alpha and delta, in every order of arguments."""
+    first = FORWARD(lambda x: general(x[0], alpha=x[1], delta=x[2]))
+    second = REVERSE(first)
+    orders = (first, second, FORWARD(second))
     at = np.array([(r, a, d) for a in OFF_TWO for r, d in zip(R, D, strict=True)])
     with jax.enable_x64(True):
-        got = jax.device_get(jax.vmap(f)(at))  # eager: kernels compile once
-    for of in itertools.product(range(3), repeat=len(modes)):
-        true = true_derivatives(tuple(of.count(k) for k in range(3)))
-        # Differences leave about 1e-45 of what is 0, and of what passes through it.
-        np.testing.assert_allclose(got[:, *of], true, rtol=rtol, atol=1e-28, err_msg=str(of))
+        all_of_them = jax.device_get(
+            [jax.vmap(f)(at) for f in orders]
+        )  # eager: kernels compile once
+    for order, (got, rtol) in enumerate(zip(all_of_them, (1e-14, 1e-12, 5e-8), strict=True), 1):
+        for of in itertools.product(range(3), repeat=order):
+            true = true_derivatives(tuple(of.count(k) for k in range(3)))
+            # Differences leave about 1e-45 of what is 0, and of what passes through it.
+            np.testing.assert_allclose(got[:, *of], true, rtol=rtol, atol=1e-28, err_msg=str(of))
 
 
 def test_derivative_by_alpha_in_float32():
@@ -244,6 +237,7 @@ def at_infinity(alpha: float, orders: tuple[int, int, int]) -> float:
     return math.copysign(INF, t) if abs(t) > 1e30 else 0.0 if abs(t) < 1e-30 else float(t)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("order", [0, 1, 2])
 def test_limits_at_infinity(order):
     """Value, and every derivative to second order, in both modes."""
@@ -264,6 +258,7 @@ def test_limits_at_infinity(order):
                     np.testing.assert_allclose(got, true, rtol=1e-9, err_msg=f"{of} {sign}")
 
 
+@pytest.mark.thorough
 def test_alpha_2():
     """The derivative by alpha is infinite from both sides; those by r and delta are ordinary."""
 
@@ -374,17 +369,6 @@ def test_bad_parameters():
         general(1.0)
 
 
-@pytest.mark.parametrize("name", adaptive.__all__)
-def test_docstrings(name):
-    loss = getattr(adaptive, name)
-    doc = inspect.getdoc(loss)
-    found = [doc.find(f"\n{s}:") for s in ("Args", "Returns", "Raises", "Source")]
-    assert -1 not in found
-    assert found == sorted(found)
-    for parameter in inspect.signature(loss).parameters:
-        assert f"\n    {parameter}: " in doc
-
-
 @pytest.mark.parametrize("loss", [general, general_nll])
 def test_alpha_and_delta_broadcast(loss):
     random = np.random.default_rng(4)
@@ -408,23 +392,6 @@ def test_alpha_and_delta_broadcast(loss):
             axes = tuple(i for i in range(r.ndim) if padded[i] == 1)
             summed = np.asarray(w, float).sum(axes).reshape(given.shape)
             np.testing.assert_allclose(g, summed, rtol=1e-4)
-
-
-def test_strict_promotion_and_dtypes():
-    others = {
-        "general": {"alpha": 1.5},
-        "general_nll": {"alpha": 1.5},
-        "student_t_nll": {"df": 3.0},
-    }
-    with jax.numpy_dtype_promotion("strict"):
-        for name, dtype in itertools.product(adaptive.__all__, (jnp.float16, jnp.float32)):
-            f = functools.partial(getattr(adaptive, name), **others.get(name, {}))
-            r = jnp.array([0.5, -2.0, 0.0], dtype)
-            both = jax.jit(jax.value_and_grad(lambda r, t: f(r, t).sum()))  # noqa: B023
-            chex.assert_type(both(r, r), dtype)
-            chex.assert_type(f(r), dtype)
-        by_all = jax.jit(jax.jacfwd(jax.grad(lambda *x: general(x[0], alpha=x[1], delta=x[2]), 1)))
-        assert np.isfinite(by_all(*map(jnp.float32, (1.5, 0.5, 2.0))))
 
 
 # The likelihoods.
@@ -504,6 +471,7 @@ def test_published_values_of_z():
             np.testing.assert_allclose(np.exp(general_nll(0.0, alpha=alpha)), z, rtol=1e-14)
 
 
+@pytest.mark.thorough
 def test_log_partition_in_float32_everywhere():
     alphas = np.r_[np.linspace(0, 2, 999), 2 - 2.0 ** -np.arange(1, 23)].astype("f4")
     at_mode = jax.jit(jax.vmap(lambda a: general_nll(0.0, alpha=a)))
@@ -653,3 +621,19 @@ def test_learning_alpha_and_scale():
     assert printed.keys() == found.keys()
     for name, numbers in printed.items():
         np.testing.assert_allclose(found[name], numbers, atol=0.02)
+
+
+def test_every_view_compiles_as_fast_as_the_value():
+    """jaxlib 0.12 took 100 s for the influence, 300 times as long as for the value."""
+
+    def seconds(f):
+        lowered = jax.jit(f).lower(jnp.ones(400))
+        start = time.perf_counter()
+        lowered.compile()
+        return time.perf_counter() - start
+
+    for alpha in (-1.5, 1.5):
+        loss = functools.partial(general, alpha=alpha)
+        value = seconds(loss)
+        for view in (rl.influence, rl.weight, rl.curvature):
+            assert seconds(functools.partial(view, loss)) < 20 * value

@@ -8,7 +8,6 @@ without it, the largest scale and the smallest alpha would always win.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -18,11 +17,20 @@ from robustloss.losses._elementwise import (
     between,
     elementwise,
     positive,
-    product,
     whole,
     with_partials,
 )
-from robustloss.losses._pieces import atanh_series, polynomial
+from robustloss.losses._extended import (
+    clamped,
+    exp_ratio,
+    exponential,
+    finite,
+    ldexp,
+    one_plus_square,
+    sum_of_two,
+    times,
+)
+from robustloss.losses._pieces import polynomial
 from robustloss.losses.convex import absolute_error
 
 __all__ = ["gaussian_nll", "general", "general_nll", "laplace_nll", "student_t_nll"]
@@ -99,13 +107,13 @@ def general(
 )
 def _general(r: Array, alpha: Array, delta: Array) -> Array:
     beta, lost = _two_minus_exactly(alpha)
-    b, w = jnp.abs(beta + lost), _one_plus_square(r, beta, lost, delta)
-    growth, exponent = _exp_ratio(*_times(0.5 * _clamped(alpha, _HUGE), 0.0, w))
-    (m, e), (scale, e_scale) = jnp.frexp(_tame(r)), jnp.frexp(_finite(delta))
+    b, w = jnp.abs(beta + lost), one_plus_square(r, beta, lost, delta)
+    growth, exponent = exp_ratio(*times(0.5 * clamped(alpha, _HUGE), 0.0, w))
+    (m, e), (scale, e_scale) = jnp.frexp(_tame(r)), jnp.frexp(finite(delta))
     # (r**2 / 2) (L / y) growth, y = u**2 / b, where L = y to the last digit; else delta**2 b L / 2.
     tiny = w.y < 0.5 * jnp.finfo(r.dtype).eps
     mantissa = 0.5 * jnp.where(tiny, m * m, scale * scale * (b * (w.log + w.lost))) * growth
-    value = _scaled(mantissa, exponent + 2 * jnp.where(tiny, e, e_scale))
+    value = ldexp(mantissa, exponent + 2 * jnp.where(tiny, e, e_scale))
     value = jnp.where((alpha == 2) & ~jnp.isnan(value), (0.5 * r) * r, value)
     limit = jnp.where(alpha < 0, delta * (delta * (1 - 2 / _negative(alpha))), jnp.inf)
     return _at_infinity(r, limit, value)
@@ -118,11 +126,11 @@ def _general(r: Array, alpha: Array, delta: Array) -> Array:
 )
 def _slope(r: Array, alpha: Array, delta: Array) -> Array:
     beta, lost = _two_minus_exactly(alpha)
-    w = _one_plus_square(r, beta, lost, delta)
-    power, exponent = _exp(*_times(-0.5 * beta, -0.5 * lost, w))
+    w = one_plus_square(r, beta, lost, delta)
+    power, exponent = exponential(*times(-0.5 * beta, -0.5 * lost, w))
     m, e = jnp.frexp(jnp.abs(_tame(r)))
     limit = jnp.where(alpha == 1, delta, _sign_infinity(alpha - 1))
-    size = _at_infinity(r, jnp.maximum(limit, 0), _scaled(m * power, exponent + e))
+    size = _at_infinity(r, jnp.maximum(limit, 0), ldexp(m * power, exponent + e))
     return jnp.sign(r) * size
 
 
@@ -134,12 +142,12 @@ def _slope(r: Array, alpha: Array, delta: Array) -> Array:
 def _curvature(r: Array, alpha: Array, delta: Array) -> Array:
     """E (1 - beta t), t = 1 - 1 / w."""
     beta, lost = _two_minus_exactly(alpha)
-    w = _one_plus_square(r, beta, lost, delta)
-    power, exponent = _exp(*_times(-0.5 * beta, -0.5 * lost, w))
+    w = one_plus_square(r, beta, lost, delta)
+    power, exponent = exponential(*times(-0.5 * beta, -0.5 * lost, w))
     inner = (alpha >= 1) & (alpha <= 2)  # there, without a difference
-    bend = jnp.where(inner, (_clamped(alpha, 4) - 1) + beta * w.inverse, 1 - beta * w.t)
+    bend = jnp.where(inner, (clamped(alpha, 4) - 1) + beta * w.inverse, 1 - beta * w.t)
     limit = jnp.where(alpha == 2, 1, jnp.where(alpha > 2, jnp.inf, 0))
-    return _at_infinity(r, limit, _scaled(power * bend, exponent))
+    return _at_infinity(r, limit, ldexp(power * bend, exponent))
 
 
 def _third(r: Array, alpha: Array, delta: Array, k: int = 0) -> Array:
@@ -205,7 +213,7 @@ def _by_alpha(r: Array, alpha: Array, delta: Array) -> Array:
     beta = _two_minus(alpha)
     b = jnp.abs(beta)
     L = _log(_tame(r), b, delta)
-    a = 0.5 * _clamped(alpha, _HUGE)
+    a = 0.5 * clamped(alpha, _HUGE)
     integral = (0.25 * b * L) * _inner_integral(L, a, b)
     by_alpha = (delta * L * integral) * (delta * L) * jnp.exp(_above_0(a * L))
     limit = jnp.where(alpha < 0, 2 * (delta / _negative(alpha)) ** 2, jnp.inf)
@@ -218,10 +226,10 @@ def _by_alpha(r: Array, alpha: Array, delta: Array) -> Array:
     lambda r, alpha, d: _by_delta2(r, alpha, d),
 )
 def _by_delta(r: Array, alpha: Array, delta: Array) -> Array:
-    beta, delta = _two_minus(alpha), _finite(delta)
+    beta, delta = _two_minus(alpha), finite(delta)
     b = jnp.abs(beta)
     L = _log(_tame(r), b, delta)
-    integral, growth = _outer_integral(L, 0.5 * _clamped(alpha, _HUGE), b)
+    integral, growth = _outer_integral(L, 0.5 * clamped(alpha, _HUGE), b)
     by_delta = delta * (0.5 * b * L) * (beta * L) * integral * growth
     limit = jnp.where(alpha < 0, 2 * delta * (1 - 2 / _negative(alpha)), _sign_infinity(2 - alpha))
     return _at_two(r, alpha, _at_infinity(r, limit, by_delta), 0.0)
@@ -236,7 +244,7 @@ def _by_alpha2(r: Array, alpha: Array, delta: Array) -> Array:
     """(+-delta**2 / 4) times: integral of x**2 exp(a x), minus exp(h) (L - t)**2."""
     beta = _two_minus(alpha)
     L = _log(_tame(r), jnp.abs(beta), delta)
-    h = 0.5 * _clamped(alpha, _HUGE) * L
+    h = 0.5 * clamped(alpha, _HUGE) * L
     shift = _above_0(h)
     square = jnp.exp(h - shift) * L * _moment(1, L, L) ** 2
     by_alpha2 = (0.25 * jnp.sign(beta) * L) * (_moment(2, h, shift) - square)
@@ -296,7 +304,7 @@ def _slope_by_alpha_delta(r: Array, alpha: Array, delta: Array) -> Array:
 def _by_alpha3(r: Array, alpha: Array, delta: Array) -> Array:
     beta = _two_minus(alpha)
     L, t = _log_of(r, alpha, delta), _fraction_of(r, alpha, delta)
-    h = 0.5 * _clamped(alpha, _HUGE) * L
+    h = 0.5 * clamped(alpha, _HUGE) * L
     shift = _above_0(h)
     cubes = jnp.exp(h - shift) * (_tail(L) ** 3 - 2 * t**2 * (t / beta))
     by_alpha3 = jnp.sign(beta) / 8 * (L**4 * _moment(3, h, shift) - cubes)
@@ -467,13 +475,13 @@ def _student_t(r: Array, df: Array, scale: Array) -> Array:
 
 
 @with_partials(
-    lambda r, df, s: (_clamped(df, _HUGE) + 1) * _pull(r, _clamped(df, _HUGE), s),
-    lambda r, df, s: _student_t_by_df(r, _clamped(df, _HUGE), s),
-    lambda r, df, s: -(_clamped(df, _HUGE) + 1) * _fraction(r, _clamped(df, _HUGE), s) / s,
+    lambda r, df, s: (clamped(df, _HUGE) + 1) * _pull(r, clamped(df, _HUGE), s),
+    lambda r, df, s: _student_t_by_df(r, clamped(df, _HUGE), s),
+    lambda r, df, s: -(clamped(df, _HUGE) + 1) * _fraction(r, clamped(df, _HUGE), s) / s,
 )
 def _student_t_distance(r: Array, df: Array, scale: Array) -> Array:
     """(df + 1) / 2 log(1 + u**2 / df)."""
-    df = _clamped(df, _HUGE)
+    df = clamped(df, _HUGE)
     return (0.5 * df + 0.5) * _log(r, df, scale)
 
 
@@ -484,7 +492,7 @@ def _student_t_by_df(r: Array, df: Array, scale: Array) -> Array:
 
 def _student_t_excess(df: Array) -> Array:
     """log gamma(x) - log gamma(x + 1 / 2) + log(x) / 2, x = df / 2: what is not the normal's."""
-    x = 0.5 * _clamped(df, _HUGE)
+    x = 0.5 * clamped(df, _HUGE)
     # Stirling's series holds from 12 on; below, the gammas are those of x + 12 over a product.
     large, small = x > 12, jnp.where(x > 12, 1, x)
     up = math.prod(((small + (k + 0.5)) / (small + k) for k in range(1, 12)), start=small + 0.5)
@@ -580,7 +588,7 @@ def _log_partition(alpha: Array) -> Array:
     density = jnp.exp(-_general(nodes, alpha[..., None], jnp.ones_like(alpha)[..., None]))
     terms = weights * density
     short = jnp.round(terms * 2**14) / 2**14  # a sum of these is exact, or sqrt(150) ulps go
-    Z, lost = _sum(jnp.sum(short, axis=-1), jnp.sum(terms - short, axis=-1))
+    Z, lost = sum_of_two(jnp.sum(short, axis=-1), jnp.sum(terms - short, axis=-1))
     return math.log(4) + (jnp.log(Z / 4) + lost / Z)
 
 
@@ -588,7 +596,7 @@ def _nodes(alpha: Array) -> tuple[Array, Array]:
     """The rule for alpha of shape (..., 1). Its steps are short numbers: no rounding there."""
     info = jnp.finfo(alpha.dtype)
     b = jnp.maximum(2 - alpha, float(info.eps))  # and the largest power of 2 up to its root:
-    root = _scaled(jnp.ones_like(b), (jnp.frexp(b)[1] - 1) >> 1)
+    root = ldexp(jnp.ones_like(b), (jnp.frexp(b)[1] - 1) >> 1)
     # At the last node the density is about eps**2: it no longer counts, nor is it 0.
     far, a = -2.2 * math.log(info.eps), jnp.maximum(alpha, float(info.tiny) ** 0.5)
     last = jnp.log1p(a * (far / b)) / a + jnp.log(2 * jnp.sqrt(b) / root)
@@ -667,8 +675,8 @@ def _pull(r: Array, b: Array, delta: Array) -> Array:
 def _power(r: Array, alpha: Array, delta: Array) -> Array:
     """E = w**(-beta / 2)."""
     beta, lost = _two_minus_exactly(alpha)
-    w = _one_plus_square(r, beta, lost, delta)
-    return _scaled(*_exp(*_times(-0.5 * beta, -0.5 * lost, w)))
+    w = one_plus_square(r, beta, lost, delta)
+    return ldexp(*exponential(*times(-0.5 * beta, -0.5 * lost, w)))
 
 
 def _fraction_of(r: Array, alpha: Array, delta: Array) -> Array:
@@ -682,136 +690,18 @@ def _log_of(r: Array, alpha: Array, delta: Array) -> Array:
 # Arithmetic with more digits and more exponents than a float has.
 
 
-class _OnePlus(NamedTuple):
-    """w = 1 + y."""
-
-    y: Array
-    log: Array
-    lost: Array
-    """What `log` lost by rounding."""
-    t: Array
-    """y / w"""
-    inverse: Array
-    """1 / w"""
-
-
-def _one_plus_square(r: Array, b: Array, lost: Array, delta: Array) -> _OnePlus:
-    """w = 1 + (r / delta)**2 / |b + lost|, for any finite delta and b, and r of any size."""
-    (m, e), (scale, e_scale) = jnp.frexp(_finite(jnp.abs(r))), jnp.frexp(_finite(delta))
-    lost, (b, e_b) = lost / b, jnp.frexp(jnp.abs(b))
-    # y = f 2**k, f in (1/4, 8), and what f lost.
-    u, lost_u = _quotient(m, scale)
-    square, lost_square = product(u, u)
-    f, lost_f = _quotient(square, b)
-    lost_f = lost_f + (lost_square + 2 * u * lost_u) / b - f * lost
-    k = jnp.where(f == 0, 0, 2 * (e - e_scale) - e_b)
-    # w = 2**j (1 + n), n in [sqrt(1/2) - 1, sqrt(2) - 1].
-    f, e_f = jnp.frexp(f)
-    k, lost_f = k + e_f, _scaled(lost_f, -e_f)
-    above = jnp.maximum(k, 0)
-    _, j = jnp.frexp((_scaled(f, k - above) + _scaled(jnp.ones_like(f), -above)) * math.sqrt(2))
-    j = above + j - 1
-    info = jnp.finfo(f.dtype)
-    scaled = _scaled(f, k - j)
-    half = lax.reduce_precision(scaled, info.nexp, info.nmant // 2)
-    one = _scaled(jnp.ones_like(f), -j)
-    n, lost_n = _sum(jnp.where(j == 0, 0, half - 1), jnp.where(j == 0, half, one))
-    n, lost_n = _sum(n, (scaled - half) + (lost_n + _scaled(lost_f, k - j)))
-    # log(1 + n) = 2 atanh(s), s = n / (2 + n).
-    d, lost_d = _sum(jnp.full_like(n, 2), n)
-    s, lost_s = _quotient(n, d)
-    lost_s = lost_s + (lost_n - s * (lost_d + lost_n)) / d
-    high, low = _LN2[f.dtype.name]
-    log, lost_log = _sum(j.astype(f.dtype) * high, 2 * s)
-    lost_log = lost_log + (
-        j.astype(f.dtype) * low + 2 * (lost_s + s * (s * s) * atanh_series(s * s))
-    )
-    inverse = _scaled(1 / (1 + n), -j)
-    y = _scaled(f, k)
-    t = jnp.where(j < 20, y * inverse, 1 - inverse)
-    return _OnePlus(y, *_sum(log, lost_log), t, inverse)
-
-
-def _times(p: Array, lost: ArrayLike, w: _OnePlus) -> tuple[Array, Array]:
-    """(p + lost) log w, in two numbers."""
-    h, lost_h = product(p, w.log)
-    return h, lost_h + p * w.lost + lost * w.log
-
-
-def _exp(h: Array, lost: Array) -> tuple[Array, Array]:
-    """exp(h + lost) as a number near 1 and an exponent of 2."""
-    high, low = _LN2[h.dtype.name]
-    h, lost = _clamped(h, _FAR[h.dtype.name]), _clamped(lost, 1)
-    n = jnp.round(h / math.log(2))
-    return jnp.exp((h - n * high) + (lost - n * low)), n.astype(jnp.int32)
-
-
-def _exp_ratio(h: Array, lost: Array) -> tuple[Array, Array]:
-    """(exp(h + lost) - 1) / h as a number and an exponent of 2."""
-    near = jnp.abs(h) < 2
-    # Near 0 it is exp(h / 2) sinh(h / 2) / (h / 2).
-    half = 0.5 * jnp.where(near, h, 0)
-    terms = 6 if h.dtype == jnp.float32 else 10
-    series = polynomial(half * half, tuple(1 / math.factorial(2 * k + 1) for k in range(terms)))
-    power, n = _exp(h, lost)
-    above = jnp.maximum(n, 0)
-    far = (_scaled(power, n - above) - _scaled(jnp.ones_like(h), -above)) / jnp.where(
-        near, 1, h + lost
-    )
-    ratio = jnp.where(near, jnp.exp(half + 0.5 * lost) * series, far)
-    return ratio, jnp.where(near, 0, above)
-
-
-def _sum(x: Array, y: Array) -> tuple[Array, Array]:
-    """`x + y` rounded to one bit less than x has, and what that took from it, for |x| >= |y|.
-
-    Without the bit less, a compiler would take (y + 2) - 2 for y.
-    """
-    info = jnp.finfo(y.dtype)
-    s = lax.reduce_precision(x + y, info.nexp, info.nmant - 1)
-    return s, y - (s - x)
-
-
-def _quotient(x: Array, y: Array) -> tuple[Array, Array]:
-    """`x / y` and what rounding took from it, for numbers near 1."""
-    q = x / y
-    p, lost = product(q, y)
-    return q, ((x - p) - lost) / y
-
-
-def _scaled(x: Array, n: Array) -> Array:
-    """`x 2**n` for any integers n, rounded once."""
-    info = jnp.finfo(x.dtype)
-    integer = jnp.int32 if info.bits == 32 else jnp.int64
-    n = jnp.clip(n, 2 * info.minexp, 2 * info.maxexp - 2).astype(integer)
-
-    def power(n: Array) -> Array:
-        return lax.bitcast_convert_type((n + (info.maxexp - 1)) << info.nmant, x.dtype)
-
-    return x * power(n >> 1) * power(n - (n >> 1))
-
-
 def _two_minus(alpha: Array) -> Array:
     """beta; next to 0 at alpha = 2 and finite at infinity."""
-    beta = 2 - _clamped(alpha, _HUGE)
+    beta = 2 - clamped(alpha, _HUGE)
     return jnp.where(beta == 0, 1 / _HUGE, beta)
 
 
 def _two_minus_exactly(alpha: Array) -> tuple[Array, Array]:
     """The same in two numbers."""
-    minus, two = -_clamped(alpha, _HUGE), jnp.full_like(alpha, 2)
+    minus, two = -clamped(alpha, _HUGE), jnp.full_like(alpha, 2)
     large = jnp.abs(minus) > 2
-    beta, lost = _sum(jnp.where(large, minus, two), jnp.where(large, two, minus))
+    beta, lost = sum_of_two(jnp.where(large, minus, two), jnp.where(large, two, minus))
     return jnp.where(beta == 0, 1 / _HUGE, beta), lost
-
-
-def _clamped(x: Array, limit: float) -> Array:
-    """`x` within +-limit; NaN stays NaN, which a minimum may lose."""
-    return jnp.where(jnp.abs(x) > limit, jnp.copysign(jnp.full_like(x, limit), x), x)
-
-
-def _finite(x: Array) -> Array:
-    return _clamped(x, float(jnp.finfo(x.dtype).max))
 
 
 def _tame(r: Array) -> Array:
@@ -855,9 +745,4 @@ def _ratio(r: Array, delta: Array) -> Array:
 
 
 _HUGE = 2.0**80  # from where alpha is infinite to every digit; 2 +- 1 / _HUGE is 2
-_FAR = {"float32": 2e3, "float64": 8e3}  # exp of it is out of range even times delta**2
 _TERMS = {"float32": 16, "float64": 27}  # of series in |x| < 2
-_LN2 = {  # its high part times any exponent is exact
-    "float32": (0.693115234375, 3.1946184945309415e-05),
-    "float64": (6.93147180369123816490e-01, 1.90821492927058770002e-10),
-}
