@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -235,3 +238,34 @@ def ulps64(got: float, true: mpf, terms: float) -> float:
     if exponent == -1022:
         return 0.0 if abs(got) <= 2.3e-308 else np.inf
     return float(abs(mpf(float(got)) - true) / mpf(2) ** (exponent - 52))
+
+
+POINTS = json.loads((Path(__file__).parent / "reference" / "loss_points.json").read_text())[
+    "losses"
+]
+
+
+@partial(jax.jit, static_argnums=0)
+def four_views(of: str, u: jax.Array, *numbers: float) -> list[jax.Array]:
+    loss = {
+        "half_squared": lambda r: 0.5 * rl.squared_error(r),
+        "absolute": rl.absolute_error,
+        "barron": partial(rl.general, alpha=numbers[0], delta=numbers[-1]) if numbers else None,
+        "hampel": partial(rl.hampel, knots=numbers),
+    }.get(of) or partial(getattr(rl, of), delta=numbers[0])
+    return [loss(u)] + [view(loss, u) for view in (rl.influence, rl.curvature, rl.weight)]
+
+
+@pytest.mark.parametrize("name", POINTS)
+def test_printed_points(name):
+    """Value, influence, curvature and weight to 14 digits."""
+    of, *given = re.findall(r"[\w.+-]+", name)
+    numbers = [float(text) for text in given if re.match(r"-?[\d.]+|-inf", text)]
+    u, *wanted = np.array(POINTS[name]["rows"], np.float64).T
+    with jax.enable_x64(True):
+        found = np.array(four_views(of, u, *numbers))
+    for got, want in zip(found, wanted, strict=True):
+        assert got.dtype == np.float64
+        printed = ~np.isnan(want)
+        limit = np.where(want == 0, 1e-20, 1e-14 * np.abs(want))  # 0: below the last decimal
+        assert np.all((np.abs(got - want) <= limit)[printed])

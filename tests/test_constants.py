@@ -7,7 +7,6 @@ import re
 from functools import partial
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,6 @@ import scipy.optimize
 import scipy.special
 
 import robustloss as rl
-from robustloss.losses import adaptive
 from robustloss.tuning import breakdown, efficiency, tune
 
 PAGE = (Path(__file__).parent.parent / "docs" / "constants.md").read_text()
@@ -42,11 +40,10 @@ def sections() -> dict[str, list[list[str]]]:
 
 SECTIONS = sections()
 NUMPY = {name: getattr(np, name) for name in np.__all__}
-OURS = SimpleNamespace(**{"general": adaptive.general, **vars(rl)})
 
 
 def run(cell: str, **names: object) -> np.ndarray:
-    return eval(cell.strip("`"), {**NUMPY, "partial": partial, "rl": OURS, **names})
+    return eval(cell.strip("`"), {**NUMPY, "partial": partial, "rl": rl, **names})
 
 
 # Others' losses of a residual and their knobs, each built the way they build it: SciPy from
