@@ -25,6 +25,7 @@ from jax.typing import ArrayLike
 from robustloss.losses._elementwise import (
     at_least_float32,
     check_loss,
+    constrained,
     positive,
     readable,
     real_array,
@@ -151,6 +152,7 @@ def proposal2(
     *,
     k: ArrayLike = 1.5,
     center: ArrayLike | None = None,
+    ddof: ArrayLike | None = None,
     where: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     axis: Axis = None,
@@ -159,7 +161,8 @@ def proposal2(
 
     Solves `sum(clip((x - m) / s, -k, k)**2) = (n - 1) beta`, beta = E clip(Z, -k, k)**2, with
     the location m of `sum(clip((x - m) / s, -k, k)) = 0`, which `location_scale` gives too;
-    with a `center` given that is m, and n stands for n - 1. Efficient at the normal, but at
+    with a `center` given that is m, and n stands for n - 1, unless `ddof` says what is taken from
+    n: for the residuals of a regression, the number of coefficients. Efficient at the normal, but at
     k = 1.5 no more than a quarter of the data may be far off.
 
     Solved to the last digits, and unique, as the minimum of a convex function. It is 0 where
@@ -172,6 +175,7 @@ def proposal2(
         x: real numbers of any shape.
         k: where deviations are clipped, one number > 0, in units of s; can be differentiated.
         center: the location, if known; broadcasts to x.
+        ddof: degrees of freedom that were used up, one number >= 0.
         where: booleans that broadcast to x; True keeps an entry.
         weights: numbers >= 0 that broadcast to x; only their ratios count.
         axis: the axis or axes to reduce; None reduces all.
@@ -181,7 +185,7 @@ def proposal2(
     >>> proposal2(jnp.array([1.0, 2.0, 3.0, 4.0, 1000.0]))
     Array(4.073255, dtype=float32)
     """
-    return _huber(x, k, center, where, weights, axis).scale
+    return _huber(x, k, center, ddof, where, weights, axis).scale
 
 
 def location_scale(
@@ -199,33 +203,40 @@ def location_scale(
     >>> location_scale(jnp.array([1.0, 2.0, 3.0, 4.0, 1000.0])).location
     Array(4.0274706, dtype=float32)
     """
-    return _huber(x, k, None, where, weights, axis)
+    return _huber(x, k, None, None, where, weights, axis)
 
 
 def _huber(
     x: ArrayLike,
     k: ArrayLike,
     center: ArrayLike | None,
+    ddof: ArrayLike | None,
     where: ArrayLike | None,
     weights: ArrayLike | None,
     axis: Axis,
 ) -> LocationScale:
     clip = positive("k", k)
-    if clip.shape != ():
-        raise ValueError(f"k must be one number, got shape {clip.shape}")
+    lost = constrained(
+        "ddof", "must be >= 0", lambda x: x >= 0, float(center is None) if ddof is None else ddof
+    )
+    for name, number in (("k", clip), ("ddof", lost)):
+        if number.shape != ():
+            raise ValueError(f"{name} must be one number, got shape {number.shape}")
     kernel = partial(_proposal2, center is None)
-    return LocationScale(*_over_axis(kernel, x, center, where, weights, axis, clip))
+    return LocationScale(*_over_axis(kernel, x, center, where, weights, axis, clip, lost))
 
 
 @partial(jax.jit, static_argnums=0)
-def _proposal2(centers: bool, x: Array, w: Array | None, k: Array) -> tuple[Array, Array]:
+def _proposal2(
+    centers: bool, x: Array, w: Array | None, k: Array, lost: Array
+) -> tuple[Array, Array]:
     """Location and scale, the location being 0 if it is not to be found."""
     start = _median(x, w) if centers else jnp.zeros_like(x, shape=())
     r, each = _gap(x, start), _each(x, w)
     size = jnp.sum(each)
     inner = lax.erf(k * math.sqrt(0.5))
     beta = inner - k * jnp.exp(-0.5 * k * k) * math.sqrt(2 / math.pi) + k * k * (1 - inner)
-    target = beta * (size - jnp.sum(each * each) / size if centers else size)
+    target = beta * (size - lost * (jnp.sum(each * each) / size))
 
     def clipped(out: Array) -> Array:
         """What sum(psi**2) comes to where these are clipped and no other point has a spread."""

@@ -369,7 +369,7 @@ def test_bad_parameters():
         general(1.0)
 
 
-@pytest.mark.parametrize("loss", [general, general_nll])
+@pytest.mark.parametrize("loss", [general, pytest.param(general_nll, marks=pytest.mark.thorough)])
 def test_alpha_and_delta_broadcast(loss):
     random = np.random.default_rng(4)
     r = random.normal(size=(3, 4)).astype("f4") * 2
@@ -424,7 +424,9 @@ def jitted(loss, **fixed):
     return jax.jit(lambda r, scale: loss(r, **fixed, scale=scale))
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.375, 40.0])
+@pytest.mark.parametrize(
+    "scale", [0.375, *(pytest.param(s, marks=pytest.mark.thorough) for s in (1.0, 40.0))]
+)
 @pytest.mark.parametrize("law", LAWS)
 def test_against_scipy(law, scale):
     loss, fixed, distribution = LAWS[law]
@@ -489,6 +491,7 @@ def derivatives_of_log_z(alpha):
     return slope(alpha), jax.jacfwd(slope)(alpha)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("alpha", [1e-3, 0.1, 0.5, 1.0, 1.5, 1.9, 1.999])
 def test_derivatives_of_the_log_partition(alpha):
     """First and second, against differences of an independent rule in 40 digits."""
@@ -511,6 +514,7 @@ def test_derivatives_of_the_log_partition(alpha):
         np.testing.assert_allclose(derivatives_of_log_z(alpha), true, rtol=1e-12)
 
 
+@pytest.mark.thorough
 def test_ends_of_alpha():
     """At 0 all is finite; at 2, log Z falls infinitely fast and the data term climbs so."""
     slope = jax.jit(jax.grad(lambda a, r: general_nll(r, alpha=a)))
@@ -560,6 +564,7 @@ def derivatives_of_t(r, df):
     return f(r, df), by_df(r, df), jax.grad(by_df, 1)(r, df), jax.grad(by_df)(r, df)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("df", [0.2, 1.0, 5.0, 23.9, 24.1, 1e3, 1e7])
 def test_derivatives_by_df(df):
     def nll(r, v):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from functools import cache, partial
 
 import chex
@@ -28,10 +29,15 @@ CHEM = np.fromstring(
     "5.28 3.37 3.03 3.03 28.95 3.77 3.4 2.2 3.5 3.6 3.7 3.7",
     sep=" ",
 )
-each = pytest.mark.parametrize("name", ALL)
-tiered = ["mad", "m_scale", "qn", "sn"]
-tiered += [pytest.param(name, marks=pytest.mark.thorough) for name in ALL if name not in tiered]
-centered = pytest.mark.parametrize("name", CENTERED)
+FIRST = ("mad", "sn", "m_scale")  # the others where tests are thorough
+
+
+def over(names: Iterable[str]) -> pytest.MarkDecorator:
+    tiered = [n if n in FIRST else pytest.param(n, marks=pytest.mark.thorough) for n in names]
+    return pytest.mark.parametrize("name", tiered)
+
+
+each, weighted, centered = over(ALL), over(WEIGHTED), over(CENTERED)
 
 
 @pytest.fixture
@@ -291,7 +297,9 @@ def residual_of_proposal2(x, k, m, s, center=None, w=1.0):
     return (w * psi).sum() / w.sum() / k, ((w * psi**2).sum() / size / beta) - 1
 
 
-@pytest.mark.parametrize("k", [0.3, 1.0, 1.5, 3.0])
+@pytest.mark.parametrize(
+    "k", [1.5, *(pytest.param(k, marks=pytest.mark.thorough) for k in (0.3, 1.0, 3.0))]
+)
 def test_proposal2_solves_its_equations(x64, k):
     rows = np.r_[samples(36, seed=1), samples(24, seed=2)]
     rows[36:, :6] = [1e30, 2e30, -1e30, 3e9, 50, 1e20]  # at its breakdown
@@ -396,7 +404,7 @@ def test_tau_is_that_of_robustbase(x64):
 # Laws.
 
 
-@pytest.mark.parametrize("name", [n for n in tiered if n not in ("qn", "sn")])
+@weighted
 def test_weights(x64, name):
     """Integers are repetitions, 0 and 1 a mask, equal ones none; only ratios count."""
     f = partial(WEIGHTED[name], axis=1)
@@ -510,7 +518,9 @@ def numbers(n: int = 24) -> np.ndarray:
     return np.random.default_rng(11).normal(size=n) * 2 + 1
 
 
-@pytest.mark.parametrize("name", tiered)
+@pytest.mark.parametrize(
+    "name", ["mad", *(pytest.param(n, marks=pytest.mark.thorough) for n in ALL if n != "mad")]
+)
 def test_derivatives(x64, name):
     """In both modes, of x and weights, against differences; and of second order."""
     n, f = 24, ALL[name]
