@@ -1,6 +1,7 @@
 """Regression losses for JAX, from squared error to robust, with derivatives that hold."""
 
 from robustloss.fitting import *
+from robustloss.linear import *
 from robustloss.losses import LOSSES as LOSSES
 from robustloss.losses.adaptive import *
 from robustloss.losses.asymmetric import *

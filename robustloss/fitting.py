@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
-from robustloss.losses._elementwise import at_least_float32, check_loss, real_array
+from robustloss.losses._elementwise import at_least_float32, check_loss, real_array, with_leaves
 from robustloss.reduce import mask, mean, nonnegative, total
 
 if TYPE_CHECKING:
@@ -135,8 +135,8 @@ def fit(
     w = None if weights is None else nonnegative(weights, targets.shape, where)
     # Told here, where delta is still a number and the shapes can be named.
     jax.eval_shape(lambda: mean(loss, model(params, inputs), targets))
-    loss = _with_leaves(loss, jax.Array, np.ndarray, float)
-    model = _with_leaves(model, jax.Array, np.ndarray)
+    loss = with_leaves(loss)
+    model = with_leaves(model, jax.Array, np.ndarray)
     if batch_size is not None:
         _check_batches(batch_size, key, targets, jax.tree.leaves(loss))
     return _fit(
@@ -305,22 +305,6 @@ def _value_and_grad(objective: Objective, params: Params, state: Any) -> tuple[A
 
 def _largest(tree: Params) -> Array:
     return jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(tree)]))
-
-
-def _with_leaves(function: Callable[..., Any], *leaves: type) -> Partial:
-    """A function as a pytree: what a `functools.partial` fixes by keyword are its leaves.
-
-    Only where it is of these types; everything else is part of the program. So another value
-    does not compile again.
-    """
-    if not isinstance(function, partial):
-        return Partial(function)
-    values = {k: v for k, v in function.keywords.items() if isinstance(v, leaves)}
-    rest = {k: v for k, v in function.keywords.items() if k not in values}
-    fixed = function.args or rest
-    return Partial(
-        partial(function.func, *function.args, **rest) if fixed else function.func, **values
-    )
 
 
 def _check_batches(

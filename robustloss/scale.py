@@ -162,8 +162,8 @@ def proposal2(
     Solves `sum(clip((x - m) / s, -k, k)**2) = (n - 1) beta`, beta = E clip(Z, -k, k)**2, with
     the location m of `sum(clip((x - m) / s, -k, k)) = 0`, which `location_scale` gives too;
     with a `center` given that is m, and n stands for n - 1, unless `ddof` says what is taken from
-    n: for the residuals of a regression, the number of coefficients. Efficient at the normal, but at
-    k = 1.5 no more than a quarter of the data may be far off.
+    n: for the residuals of a regression, the number of coefficients. Efficient at the normal,
+    but at k = 1.5 no more than a quarter of the data may be far off.
 
     Solved to the last digits, and unique, as the minimum of a convex function. It is 0 where
     that lies at s = 0: where, at k = 1.5, about two thirds of the data are one number. (MASS

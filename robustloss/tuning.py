@@ -31,9 +31,8 @@ import jax
 import jax.experimental
 import numpy as np
 from jax import Array
-from jax.tree_util import Partial
 
-from robustloss.losses._elementwise import check_loss, real_array
+from robustloss.losses._elementwise import check_loss, real_array, with_leaves
 from robustloss.views import influence
 
 __all__ = ["breakdown", "efficiency", "gross_error_sensitivity", "tune"]
@@ -414,7 +413,7 @@ def _value(loss: Loss, r: Array) -> Array:
 
 def _curves(view: View, loss: Loss, deltas: np.ndarray | None = None) -> Curves:
     """The view of the loss at r, with the i-th of the deltas if there are any."""
-    traced = _with_leaves(loss)
+    traced = with_leaves(loss)
 
     def curves(r: np.ndarray, i: np.ndarray) -> np.ndarray:
         out = np.empty(r.size)
@@ -432,17 +431,6 @@ def _curves(view: View, loss: Loss, deltas: np.ndarray | None = None) -> Curves:
 @partial(jax.jit, static_argnums=0)
 def _compiled(view: View, loss: Loss, r: Array, **parameters: Array) -> Array:
     return jax.vmap(lambda r, x: view(partial(loss, **x), r))(r, parameters)
-
-
-def _with_leaves(loss: Loss) -> Partial:
-    """The loss as a pytree whose leaves are its numbers, so that others do not compile again."""
-    function, numbers = loss, {}
-    if isinstance(loss, partial) and not loss.args:
-        kinds = (jax.Array, np.ndarray, float)
-        numbers = {k: v for k, v in loss.keywords.items() if isinstance(v, kinds)}
-        rest = {k: v for k, v in loss.keywords.items() if k not in numbers}
-        function = partial(loss.func, **rest) if rest else loss.func
-    return Partial(function, **numbers)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from mpmath import mp, mpf
-from witnesses import LIKELIHOODS, TRUTH, Witness, at_infinity, loss
+from witnesses import FEW, LIKELIHOODS, TRUTH, Witness, at_infinity, loss
 
 import robustloss as rl
 
@@ -214,7 +214,12 @@ def true_with_limits(truth: Witness, r: np.ndarray, d: float) -> list[np.ndarray
 
 
 @pytest.mark.parametrize(
-    ("name", "delta", "mode"), [c for c in COMPILED if c[1] in (1.0, 1e-30, 1e30)]
+    ("name", "delta", "mode"),
+    [
+        c if c[0] in FEW else pytest.param(*c, marks=pytest.mark.thorough)
+        for c in COMPILED
+        if c[1] in (1.0, 1e-30, 1e30)
+    ],
 )
 def test_float64(name, delta, mode):
     random = np.random.default_rng(2)

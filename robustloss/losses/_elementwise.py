@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
+from jax.tree_util import Partial
 from jax.typing import ArrayLike, DTypeLike
 
 Kernel = Callable[..., Array]
@@ -147,8 +148,8 @@ def with_partials(*partials: Kernel) -> Callable[[Kernel], Kernel]:
             out = kernel(*primals)
             # A symbolic zero is skipped, not multiplied: at r = inf, 0 * inf would be NaN.
             terms = [
-                partial(*primals) * t
-                for partial, t in zip(partials, tangents, strict=True)
+                slope(*primals) * t
+                for slope, t in zip(partials, tangents, strict=True)
                 if not isinstance(t, SymbolicZero)
             ]
             return out, reduce(operator.add, terms) if terms else jnp.zeros_like(out)
@@ -162,6 +163,23 @@ def with_partials(*partials: Kernel) -> Callable[[Kernel], Kernel]:
 def whole(kernel: Kernel) -> Kernel:
     """The same kernel, compiled once where it is called eagerly, not once per operation."""
     return jax.jit(kernel, inline=True)
+
+
+def with_leaves(function: Callable[..., Any], *leaves: type) -> Partial:
+    """A function as a pytree: what a `functools.partial` fixes by keyword are its leaves.
+
+    Only where it is of these types, by default numbers; everything else is part of the
+    program. So another value does not compile again.
+    """
+    if not isinstance(function, partial):
+        return Partial(function)
+    kinds = leaves or (jax.Array, np.ndarray, float)
+    values = {k: v for k, v in function.keywords.items() if isinstance(v, kinds)}
+    rest = {k: v for k, v in function.keywords.items() if k not in values}
+    fixed = function.args or rest
+    return Partial(
+        partial(function.func, *function.args, **rest) if fixed else function.func, **values
+    )
 
 
 # A compiler may fuse a product into a sum and so skip its rounding. Below, every product in a

@@ -1,0 +1,122 @@
+"""How far the coefficients of a robust fit can be trusted.
+
+Weights count as observations of which there are `sum(w)**2 / sum(w**2)`, so equal ones are the same
+as none and only their ratios count.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+from jax.scipy.stats import norm
+from jax.typing import ArrayLike
+
+from robustloss.linear._problem import Problem, gram, raw_basis
+from robustloss.linear.irls import At, Estimate
+from robustloss.scale import iqr
+from robustloss.views import curvature, influence
+
+
+def huber_h1(of: Problem, loss: At, found: Estimate) -> Array:
+    """Huber's first form, `kappa**2 (sum psi**2 / (n - p)) / mean(psi')**2 (X'X)**-1`.
+
+    kappa is `1 + p var(psi') / (n mean(psi')**2)`, with the sample variance, as `MASS::rlm`.
+
+    Source: Huber (1981), Robust Statistics, equation 7.6.9.
+    """
+    each, n = counts(of)
+    here = loss(found.scale)
+    psi, bend = (jnp.where(each > 0, f(here, found.residuals), 0) for f in (influence, curvature))
+    mean = jnp.sum(each * bend) / n
+    variance = jnp.sum(each * (bend - mean) ** 2) / (n - 1)
+    kappa = 1 + of.rank * variance / (n * mean**2)
+    left = n - of.rank
+    square = jnp.sum(each * psi * psi) / jnp.where(left > 0, left, jnp.nan)
+    return _in_units(of, (kappa / mean) ** 2 * square * _inverse(gram(of.q, each)))
+
+
+def after_s(
+    of: Problem, loss: At, chi: At, half: ArrayLike, found: Estimate, start: Estimate
+) -> Array:
+    """The sandwich of an MM-estimate, which minds that its scale was estimated too.
+
+    `chi` is the loss of the S-estimate `start` and `half` its breakdown point. Neither
+    symmetric errors nor errors of one spread are assumed. As `robustbase::lmrob` with
+    `cov = ".vcov.avar1"`.
+
+    Source: Croux, Dhaene and Hoorelbeke (2003), Robust standard errors for robust estimators.
+    """
+    each, n = counts(of)
+    s = start.scale
+
+    def of_rows(f: Array) -> Array:
+        return jnp.where(each > 0, each * f, 0)
+
+    def total(f: Array) -> Array:
+        return of.q.T @ of_rows(f)
+
+    here, there = loss(s), chi(s)
+    psi, bend = influence(here, found.residuals), curvature(here, found.residuals)
+    bound = there(jnp.full((), jnp.inf, s.dtype))
+    level = there(start.residuals) / bound
+    pull = influence(there, start.residuals) * start.residuals / bound
+    inverse = _inverse(gram(of.q, of_rows(bend)))
+    by_scale = inverse @ (total(bend * found.residuals) * n / jnp.sum(of_rows(pull)))
+    both = inverse @ total(psi * level)
+    square = gram(of.q, of_rows(psi * psi))
+    covariance = (
+        inverse @ square @ inverse
+        - jnp.outer(by_scale, both) / n
+        - jnp.outer(both, by_scale) / n
+        + jnp.sum(of_rows(level**2 - half**2)) * jnp.outer(by_scale, by_scale) / n**2
+    )
+    return _in_units(of, covariance)
+
+
+def powell(of: Problem, level: Array, residuals: Array) -> Array:
+    """Powell's kernel sandwich of a quantile regression, `q (1 - q) D**-1 (X'X) D**-1`.
+
+    D weighs each row by the density of its residual at 0, taken from those about it: a normal
+    kernel, Hall and Sheather's bandwidth. As `quantreg::summary.rq`, `se = "ker"`.
+
+    Source: Powell (1991); Koenker (2005), Quantile Regression, section 3.4.2.
+    """
+    each, n = counts(of)
+    x = norm.ppf(level)
+    z = norm.ppf(0.975)
+    h = n ** (-1 / 3) * z ** (2 / 3) * (1.5 * norm.pdf(x) ** 2 / (2 * x * x + 1)) ** (1 / 3)
+    room = jnp.minimum(level, 1 - level)
+    halvings = jnp.maximum(jnp.floor(jnp.log2(h / room)) + 1, 0)
+    h = h * 0.5**halvings
+    mean = jnp.sum(each * residuals) / n
+    deviation = jnp.sqrt(jnp.sum(each * (residuals - mean) ** 2) / (n - 1))
+    quartiles = iqr(residuals, where=of.keep, weights=of.w) / 0.741301109252801
+    spread = jnp.minimum(deviation, quartiles / 1.34)
+    width = (norm.ppf(level + h) - norm.ppf(level - h)) * spread
+    wide = jnp.where(width > 0, width, 1)
+    density = norm.pdf(residuals / wide) / wide
+    inverse = _inverse(gram(of.q, each * density))
+    covariance = level * (1 - level) * inverse @ gram(of.q, each) @ inverse
+    return _in_units(of, jnp.where(width > 0, covariance, 0))
+
+
+def counts(of: Problem) -> tuple[Array, Array]:
+    """The weights, so that they add up to the number of observations; and this number."""
+    each = of.each()
+    n = jnp.sum(each) ** 2 / jnp.sum(each * each)
+    return each * (n / jnp.sum(each)), n
+
+
+def _inverse(a: Array) -> Array:
+    # A column of 0 stays one.
+    kept = jnp.diagonal(a) != 0
+    full = a + jnp.diag(jnp.where(kept, 0, 1).astype(a.dtype))
+    unit = jnp.sqrt(jnp.abs(jnp.diagonal(full)))
+    inverse = jnp.linalg.inv(full / jnp.outer(unit, unit)) / jnp.outer(unit, unit)
+    return jnp.where(kept[:, None] & kept, inverse, 0)
+
+
+def _in_units(of: Problem, covariance: Array) -> Array:
+    """The covariance of the coefficients from that of b; NaN for those the data do not tell."""
+    basis = raw_basis(of)
+    return jnp.where(of.told[:, None] & of.told, basis @ covariance @ basis.T, jnp.nan)

@@ -1,0 +1,478 @@
+"""Linear fits: against what R prints, exact optima, and laws."""
+
+from __future__ import annotations
+
+import json
+from functools import cache, partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import optimize, stats
+
+import robustloss as rl
+from experiments.data import load, names
+
+REFERENCE = Path(__file__).parent / "reference"
+R = json.loads((REFERENCE / "linear.json").read_text())["fits"]
+OPTIMA = json.loads((REFERENCE / "optima.json").read_text())["datasets"]
+NAN, INF = float("nan"), float("inf")
+
+# R divides the MAD by 0.6745.
+ROUNDED = 0.674489750196082 / 0.6745
+FITS = {
+    "huber": (rl.huber, {"tuning": 1.345 * ROUNDED}),
+    "proposal2": (rl.huber, {"tuning": 1.345, "scale": "proposal2"}),
+    "bisquare": (rl.tukey, {"tuning": 4.685 * ROUNDED, "method": "irls"}),
+    "hampel": (partial(rl.hampel, knots=(2.0, 4.0, 8.0)), {"tuning": ROUNDED, "method": "irls"}),
+    "mm": (rl.tukey, {"tuning": 4.685061}),
+    "mae": (rl.absolute_error, {}),
+}
+SMALL = [name for name in names() if name != "california"]
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def padded() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The small sets in one array: columns of 0, and rows to drop that hold anything."""
+    X, y = np.zeros((len(SMALL), 235, 5)), np.full((len(SMALL), 235), NAN)
+    keep = np.zeros(y.shape, bool)
+    for i, name in enumerate(SMALL):
+        data = load(name)
+        n, p = data.X.shape
+        X[i, :n, :p], y[i, :n], keep[i, :n] = data.X, data.y, True
+        X[i, n:] = INF
+    return X, y, keep
+
+
+@cache
+def fits(kind: str) -> dict[str, rl.LinearFit]:
+    loss, settings = FITS[kind]
+
+    def one(X, y, keep):
+        return rl.fit_linear(X, y, loss, where=keep, **settings)
+
+    with jax.enable_x64(True):
+        found = jax.tree.map(np.asarray, jax.vmap(one)(*padded()))
+    return {name: jax.tree.map(lambda x, i=i: x[i], found) for i, name in enumerate(SMALL)}
+
+
+def error(name: str, found: rl.LinearFit, coef: list[float]) -> float:
+    """Of the coefficients of standardised columns, in standard deviations of y."""
+    data = load(name)
+    p = data.X.shape[1]
+    off = np.asarray(found.coefficients)[:p] - coef[1:]
+    middle = found.intercept - coef[0] + data.X.mean(0) @ off
+    return max(abs(middle), *np.abs(off * data.X.std(0))) / data.y.std()
+
+
+def of_sets(*arguments):
+    """Each kind in one compiled batch, so in one test."""
+    return pytest.mark.parametrize("kind", arguments)
+
+
+@of_sets(
+    "huber",
+    "bisquare",
+    *(pytest.param(k, marks=pytest.mark.thorough) for k in ("proposal2", "hampel")),
+)
+def test_is_rlm(kind):
+    known = [name for name in SMALL if kind in R[name]]
+    assert set(SMALL) - set(known) <= {"siegel"}
+    for name in known:
+        check_rlm(name, kind)
+
+
+def check_rlm(name, kind):
+    want, found = R[name][kind], fits(kind)[name]
+    p = len(want["coef"])
+    assert found.converged
+    assert error(name, found, want["coef"]) < 1e-10
+    rounded = 1 if kind == "proposal2" else ROUNDED
+    np.testing.assert_allclose(found.scale * rounded, want["scale"], rtol=1e-10)
+    errors = np.sqrt(np.diag(found.covariance))[:p]
+    np.testing.assert_allclose(errors, want["se"], rtol=1e-9)
+    # The columns of 0 that were added.
+    assert np.all(found.coefficients[p - 1 :] == 0)
+    assert np.all(np.isnan(found.covariance[p:]))
+    assert found.unique == (p == 6)
+
+
+def test_mae_is_the_exact_vertex():
+    for name in SMALL:
+        check_mae(name)
+
+
+def check_mae(name):
+    found, want = fits("mae")[name], R[name]["mae"]
+    kept = ~np.isnan(found.residuals)
+    objective = np.abs(found.residuals[kept]).sum()
+    assert found.converged
+    np.testing.assert_allclose(objective, want["objective_sum_abs"], rtol=1e-12)
+    p = len(want["coef"])
+    assert np.sum(found.residuals == 0) >= p
+    assert np.sum(np.isinf(found.weights)) == np.sum(found.residuals == 0)
+    if name == "phones":
+        assert objective == pytest.approx(844, rel=1e-13)
+    else:
+        assert error(name, found, want["coef"]) < 1e-12
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["phones", "stackloss", "engel"])
+def test_says_whether_mae_is_unique(x64, name):
+    data = load(name)
+    assert bool(rl.fit_linear(data.X, data.y, rl.absolute_error).unique) == (name != "phones")
+
+
+def test_mm_is_lmrob():
+    for name in SMALL:
+        check_mm(name)
+
+
+def check_mm(name):
+    found, want = fits("mm")[name], R[name]["mm"]
+    p = len(want["coef"])
+    assert found.converged
+    if name == "siegel":  # six of nine rows are on y = 0
+        assert found.scale == 0
+        np.testing.assert_allclose(found.coefficients[:1], 0, atol=1e-14)
+        np.testing.assert_array_equal(np.flatnonzero(found.flagged()[:9]), [6, 7, 8])
+        return
+    assert found.scale <= want["scale"] * (1 + 1e-8)
+    np.testing.assert_allclose(found.scale, want["scale"], rtol=5e-6)  # 1.547645, not 1.54764
+    assert error(name, found, want["coef"]) < 2e-6
+    np.testing.assert_allclose(np.sqrt(np.diag(found.covariance))[:p], want["se"], rtol=1e-5)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", FITS)
+def test_california(x64, kind):
+    data, want = load("california"), R["california"][kind]
+    loss, settings = FITS[kind]
+    found = rl.fit_linear(data.X, data.y, loss, **settings)
+    assert found.converged
+    assert error("california", found, want["coef"]) < (1e-4 if kind == "mm" else 1e-10)
+    if kind == "mm":
+        assert found.scale <= want["scale"] * (1 + 1e-6)
+    elif kind != "mae":
+        np.testing.assert_allclose(found.standard_errors(), want["se"], rtol=1e-9)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("loss", ["half_squared", "huber", "log_cosh", "pseudo_huber"])
+def test_optima_at_a_fixed_scale(loss):
+    X, y, keep = padded()
+    problems = [
+        (i, problem)
+        for i, name in enumerate(SMALL)
+        for problem in OPTIMA[name]["problems"]
+        if problem["loss"] == loss
+    ]
+    assert problems
+    index = np.array([i for i, _ in problems])
+    with jax.enable_x64(True):
+        if loss == "half_squared":
+            fit = partial(rl.fit_linear, loss=rl.squared_error, scale=1.0)
+            found = jax.vmap(lambda X, y, k: fit(X, y, where=k))(X[index], y[index], keep[index])
+        else:
+            c = np.array([problem["c"] or 1.0 for _, problem in problems])
+            s = np.array([problem["scale"] for _, problem in problems])
+
+            def one(X, y, keep, c, s):
+                return rl.fit_linear(X, y, getattr(rl, loss), tuning=c, scale=s, where=keep)
+
+            found = jax.vmap(one)(X[index], y[index], keep[index], c, s)
+    for j, (i, problem) in enumerate(problems):
+        one = jax.tree.map(lambda x, j=j: np.asarray(x[j]), found)
+        assert one.converged, SMALL[i]
+        assert error(SMALL[i], one, problem["coef"]) < 1e-10, SMALL[i]
+
+
+@pytest.mark.thorough
+def test_float32():
+    data = load("stackloss")
+    for kind in ("huber", "mae", "mm"):
+        loss, settings = FITS[kind]
+        found = rl.fit_linear(data.X.astype("f4"), data.y.astype("f4"), loss, **settings)
+        assert found.coefficients.dtype == jnp.float32
+        assert found.converged
+        assert error("stackloss", found, R["stackloss"][kind]["coef"]) < 1e-4
+
+
+@pytest.mark.thorough
+def test_printed_by_the_textbooks(x64):
+    """Belgian telephones, MASS p. 159; the line of the stars, Rousseeuw and Leroy's problem."""
+    phones, stars = load("phones"), load("starsCYG")
+    huber = rl.fit_linear(phones.X, phones.y, tuning=1.345 * ROUNDED)
+    assert f"{huber.intercept:.4f} {huber.coefficients[0]:.4f}" == "-102.6222 2.0414" or (
+        f"{huber.intercept:.2f} {huber.coefficients[0]:.4f}" == "-102.53 2.0396"
+    )
+    least = rl.fit_linear(stars.X, stars.y, rl.squared_error)
+    robust = rl.fit_linear(stars.X, stars.y, rl.tukey)
+    assert round(float(least.coefficients[0]), 3) == -0.413
+    assert round(float(robust.coefficients[0]), 3) == 2.253
+    assert sorted(set(np.flatnonzero(robust.weights < 0.01) + 1)) == [11, 20, 30, 34]
+
+
+# Laws.
+
+
+def sample(n: int = 60, p: int = 3, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(seed)
+    X = random.normal(size=(n, p))
+    y = X @ np.arange(1.0, p + 1) + 5 + random.standard_t(2, n)
+    return X, y
+
+
+KINDS = {
+    "irls": rl.huber,
+    "interior_point": partial(rl.quantile, q=0.3),
+    "mm": rl.tukey,
+}
+
+
+each = pytest.mark.parametrize(
+    "method", ["irls", *(pytest.param(m, marks=pytest.mark.thorough) for m in list(KINDS)[1:])]
+)
+
+
+@each
+def test_moves_with_the_data(x64, method):
+    """Regression, scale and affine equivariance; columns that differ by 1e12 in size."""
+    X, y = sample()
+    fit = partial(rl.fit_linear, loss=KINDS[method])
+    found = fit(X, y)
+    assert found.converged
+    units, slopes = np.array([1e-6, 1.0, 1e6]), np.array([3.0, -7.0, 0.5])
+    moved = (X + np.array([0.0, 100.0, -5.0])) * units
+    other = fit(moved, 4.0 * (y + X @ slopes) + 50)
+    assert other.converged
+    want = 4 * (found.coefficients + slopes) / units
+    np.testing.assert_allclose(other.coefficients, want, rtol=1e-9)
+    np.testing.assert_allclose(other.residuals, 4 * found.residuals, atol=1e-9)
+    np.testing.assert_allclose(other.scale, 4 * found.scale, rtol=1e-9)
+    ratio = other.standard_errors()[1:] * units / found.standard_errors()[1:]
+    np.testing.assert_allclose(ratio, 4, rtol=1e-7)
+    fitted = 4.0 * (y + X @ slopes) + 50 - other.residuals
+    np.testing.assert_allclose(other.predict(moved), fitted, rtol=1e-9)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("method", KINDS)
+def test_masks_and_weights(x64, method):
+    """What is dropped may hold anything; a weight of 0 drops, one of 2 is two rows."""
+    X, y = sample()
+    fit = jax.jit(partial(rl.fit_linear, loss=KINDS[method]))
+    keep = np.arange(60) % 5 != 0
+    short = rl.fit_linear(X[keep], y[keep], KINDS[method])
+    bad_X, bad_y = np.where(keep[:, None], X, NAN), np.where(keep, y, -INF)
+    masked = fit(bad_X, bad_y, where=keep)
+    assert masked.converged
+    assert short.converged
+    np.testing.assert_allclose(masked.coefficients, short.coefficients, rtol=1e-8)
+    np.testing.assert_allclose(masked.scale, short.scale, rtol=1e-8)
+    np.testing.assert_allclose(masked.covariance, short.covariance, rtol=1e-6)
+    assert np.all(np.isnan(masked.residuals[~keep]))
+    assert np.all(masked.weights[~keep] == 0)
+    twice = np.where(np.arange(60) < 20, 2.0, 1.0)
+    if method != "mm":  # whose scale counts degrees of freedom
+        weighted = fit(X, y, weights=twice)
+        repeated = rl.fit_linear(np.r_[X, X[:20]], np.r_[y, y[:20]], KINDS[method])
+        np.testing.assert_allclose(weighted.coefficients, repeated.coefficients, rtol=1e-8)
+        np.testing.assert_allclose(weighted.scale, repeated.scale, rtol=1e-8)
+
+
+@each
+def test_columns_that_depend_on_others(x64, method):
+    X, y = sample()
+    found = rl.fit_linear(X, y, KINDS[method])
+    double = rl.fit_linear(np.c_[X, X[:, 0] - X[:, 1]], y, KINDS[method])
+    assert double.converged
+    assert not double.unique
+    np.testing.assert_allclose(double.residuals, found.residuals, atol=1e-8)
+    told = [True, False, False, True, False]
+    np.testing.assert_array_equal(~np.isnan(np.diag(double.covariance)), told)
+    np.testing.assert_allclose(double.covariance[3, 3], found.covariance[3, 3], rtol=1e-6)
+
+
+@each
+def test_what_fits_exactly(x64, method):
+    """A line, a constant, and as many rows as coefficients: scale 0, and converged."""
+    X, _ = sample()
+    loss = KINDS[method]
+    for y in (X @ [1.0, 2.0, 3.0] + 4, np.full(60, 3.25)):
+        found = rl.fit_linear(X, y, loss)
+        assert found.converged
+        np.testing.assert_allclose(found.predict(X), y, atol=1e-12)
+        assert found.scale == 0
+    few = rl.fit_linear(X[:4], X[:4, 0] ** 2, loss)
+    np.testing.assert_allclose(few.residuals, 0, atol=1e-12)
+
+
+@pytest.mark.thorough
+def test_a_nan_shows(x64):
+    X, y = sample()
+    for bad in (NAN, INF):
+        for loss in KINDS.values():
+            found = rl.fit_linear(X, np.where(np.arange(60) == 7, bad, y), loss)
+            assert not found.converged
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("outliers", ["in y", "in X"])
+def test_mm_survives_49_percent(x64, outliers):
+    X, y = sample(200)
+    clean = rl.fit_linear(X[98:], y[98:], rl.tukey)
+    X, y = X.copy(), y.copy()
+    y[:98] = 1e6 if outliers == "in y" else -1e3
+    if outliers == "in X":
+        X[:98] = 50 + 0.1 * X[:98]
+    found = rl.fit_linear(X, y, rl.tukey)
+    assert found.converged
+    assert np.all(np.abs(found.coefficients - np.arange(1, 4)) < 0.7)
+    assert np.all(found.flagged()[:98])
+    assert np.max(np.abs(found.coefficients - clean.coefficients)) < 0.5
+    huber = rl.fit_linear(X, y)
+    assert np.max(np.abs(huber.coefficients - np.arange(1, 4))) > 1
+
+
+def test_quantiles_are_linear_programmes(x64):
+    """Also where many rows are met by chance, and with weights."""
+    random = np.random.default_rng(4)
+    fit = jax.jit(lambda X, y, q, w: rl.fit_linear(X, y, partial(rl.quantile, q=q), weights=w))
+    for trial in range(12):
+        X = random.integers(-2, 3, (40, 2)).astype(float)
+        y = random.integers(-3, 4, 40).astype(float) if trial % 2 else random.normal(size=40)
+        q, w = random.uniform(0.05, 0.95), random.integers(1, 4, 40).astype(float)
+        found = fit(X, y, q, w)
+        A = np.c_[np.ones(40), X]
+        programme = optimize.linprog(
+            np.r_[np.zeros(3), q * w, (1 - q) * w],
+            A_eq=np.c_[A, np.eye(40), -np.eye(40)], b_eq=y,
+            bounds=[(None, None)] * 3 + [(0, None)] * 80,
+        )  # fmt: skip
+        e = np.asarray(found.residuals)
+        objective = np.sum(w * np.maximum(q * e, (q - 1) * e))
+        assert found.converged
+        np.testing.assert_allclose(objective, programme.fun, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.thorough
+def test_powell_in_numpy(x64):
+    X, y = sample(200, 2)
+    q = 0.3
+    found = rl.fit_linear(X, y, partial(rl.quantile, q=q))
+    A, e, n = np.c_[np.ones(200), X], np.asarray(found.residuals), 200
+    x, z = stats.norm.ppf(q), stats.norm.ppf(0.975)
+    h = n ** (-1 / 3) * z ** (2 / 3) * (1.5 * stats.norm.pdf(x) ** 2 / (2 * x**2 + 1)) ** (1 / 3)
+    assert q - h > 0
+    spread = min(e.std(ddof=1), np.subtract(*np.quantile(e, [0.75, 0.25])) / 1.34)
+    width = (stats.norm.ppf(q + h) - stats.norm.ppf(q - h)) * spread
+    D = np.linalg.inv(A.T @ (A * (stats.norm.pdf(e / width) / width)[:, None]))
+    np.testing.assert_allclose(found.covariance, q * (1 - q) * D @ A.T @ A @ D, rtol=1e-9)
+
+
+@pytest.mark.thorough
+def test_several_targets_and_no_intercept(x64):
+    X, y = sample()
+    Y = np.stack([y, -y, X @ [1.0, 0.0, 0.0] + np.sin(np.arange(60))], 1)
+    found = rl.fit_linear(X, Y, intercept=False)
+    assert found.coefficients.shape == (3, 3)
+    assert found.covariance.shape == (3, 3, 3)
+    assert np.all(found.intercept == 0)
+    assert found.predict(X).shape == (3, 60)
+    for i in range(3):
+        one = rl.fit_linear(X, Y[:, i], intercept=False)
+        np.testing.assert_allclose(found.coefficients[i], one.coefficients, rtol=1e-9)
+        np.testing.assert_allclose(found.predict(X)[i], Y[:, i] - one.residuals, rtol=1e-9)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("scale", ["iqr", "qn", rl.tau, partial(rl.m_scale, breakdown=0.3)])
+def test_any_scale(x64, scale):
+    """At the solution both equations hold."""
+    X, y = sample()
+    found = rl.fit_linear(X, y, rl.pseudo_huber, tuning=1.5, scale=scale)
+    assert found.converged
+    r = -found.residuals
+    function = {"iqr": rl.iqr, "qn": rl.qn}.get(scale, scale)
+    center = {} if isinstance(scale, str) else {"center": 0.0}
+    np.testing.assert_allclose(found.scale, function(r, **center), rtol=1e-10)
+    loss = partial(rl.pseudo_huber, delta=1.5 * found.scale)
+    np.testing.assert_allclose(np.c_[np.ones(60), X].T @ rl.influence(loss, r), 0, atol=1e-9)
+
+
+def test_a_start_decides_where_a_redescending_fit_ends(x64):
+    stars = load("starsCYG")
+    fit = partial(rl.fit_linear, stars.X, stars.y, rl.tukey, method="irls", scale=0.4715)
+    ends = [fit(start=start).coefficients[0] for start in ([6.79, -0.41], [-5.0, 2.25])]
+    assert ends[0] < 0
+    assert ends[1] > 2
+
+
+def test_summary(x64):
+    data = load("stackloss")
+    text = rl.fit_linear(data.X, data.y, tuning=1.345 * ROUNDED).summary(data.features)
+    want = R["stackloss"]["huber"]
+    for coef, se in zip(want["coef"], want["se"], strict=True):
+        assert f"{coef:.4f}" in text
+        assert f"{se:.4f}" in text
+    assert "rows beyond 2.5 scales: 4, 21" in text
+    assert "21 rows, scale 2.4405, converged in" in text
+    phones = load("phones")
+    assert "not unique" in rl.fit_linear(phones.X, phones.y, rl.absolute_error).summary()
+    with pytest.raises(ValueError, match="names must be 1, one for each column, got 3"):
+        rl.fit_linear(phones.X, phones.y).summary(data.features)
+
+
+@pytest.mark.thorough
+def test_the_same_key_gives_the_same_fit_and_no_other_compiles_again(x64):
+    X, y = sample()
+    first, again = (rl.fit_linear(X, y, rl.tukey, key=jax.random.key(3)) for _ in range(2))
+    np.testing.assert_array_equal(first.coefficients, again.coefficients)
+    with jax.log_compiles(False), jax.check_tracer_leaks(False):
+        size = rl.linear._fit_linear._cache_size()
+        rl.fit_linear(X, y, tuning=1.0)
+        once = rl.linear._fit_linear._cache_size()
+        rl.fit_linear(X, y + 1, tuning=2.0)
+        rl.fit_linear(X, y, tuning=jnp.asarray(3.0))
+        assert rl.linear._fit_linear._cache_size() in (once, once + 1)
+        assert once <= size + 1
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "settings"),
+    [
+        (ValueError, r"X must have the shape .*got \(60,\) and \(60,\)", {"X": np.ones(60)}),
+        (ValueError, r"got \(60, 3\) and \(59,\)", {"y": np.ones(59)}),
+        (ValueError, "4 coefficients .* got 3", {"X": np.ones((3, 3)), "y": np.ones(3)}),
+        (TypeError, "X must be real numbers", {"X": np.array([["a"] * 3] * 60)}),
+        (TypeError, "loss must be a function", {"loss": "huber"}),
+        (ValueError, "method must be one of irls, .*got 'ols'", {"method": "ols"}),
+        (ValueError, "kink at 0", {"loss": rl.absolute_error, "method": "irls"}),
+        (ValueError, "is for absolute_error", {"loss": rl.huber, "method": "interior_point"}),
+        (ValueError, "returns to zero", {"loss": rl.huber, "method": "mm"}),
+        (ValueError, "quantile needs its q", {"loss": rl.quantile}),
+        (ValueError, "tuning must be > 0, got -1", {"tuning": -1.0}),
+        (ValueError, "no free delta", {"loss": rl.squared_error, "tuning": 1.0}),
+        (ValueError, "scale must be .* one of iqr, .*got 'std'", {"scale": "std"}),
+        (ValueError, "scale must be > 0, got 0", {"scale": 0.0}),
+        (ValueError, "estimates its own scale", {"loss": rl.tukey, "scale": "qn"}),
+        (ValueError, "the scale qn takes none", {"scale": "qn", "weights": np.ones(60)}),
+        (ValueError, "weights must be >= 0, got -1", {"weights": -np.ones(60)}),
+        (TypeError, "where must be boolean", {"where": np.ones(60)}),
+        (ValueError, r"start is for .*\(4,\).*shape \(3,\)", {"start": np.ones(3)}),
+        (ValueError, "start is for", {"loss": rl.tukey, "start": np.ones(4)}),
+    ],
+)
+def test_bad_input_is_named(error, message, settings):
+    X, y = sample()
+    with pytest.raises(error, match=message):
+        rl.fit_linear(**{"X": X, "y": y, "loss": rl.huber} | settings)
