@@ -530,6 +530,7 @@ def test_ends_of_alpha():
     assert jax.grad(lambda r: general_nll(r, alpha=2.0))(1.5) == 1.5
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("law", LAWS)
 def test_gradients_of_the_likelihoods(law):
     """By residual and scale, against differences of SciPy; and the limits at infinity."""

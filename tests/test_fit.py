@@ -25,7 +25,7 @@ ADAM = optax.adam(optax.cosine_decay_schedule(0.1, 3000))
 KEY = jax.random.key(0)
 
 
-tiered = ["phones", "siegel", "hbk"]
+tiered = ["siegel", "hbk"]
 tiered += [pytest.param(n, marks=pytest.mark.thorough) for n in names() if n not in tiered]
 
 

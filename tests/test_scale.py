@@ -362,7 +362,9 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(
+    "name", [n if n == "tukey" else pytest.param(n, marks=pytest.mark.thorough) for n in LOSSES]
+)
 def test_m_scale_solves_its_equation(x64, name):
     loss, rho = LOSSES[name]
     rows = np.r_[samples(42, seed=3), samples(18, seed=4) * 1e-30]
