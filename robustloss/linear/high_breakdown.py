@@ -76,7 +76,7 @@ def s_estimate(of: Problem, loss: Loss, share: Array, floor: Array, key: Array) 
         q, y, w = of.q[rows], of.y[rows], each[rows]
         w, size = w / jnp.sum(w), jnp.sum(w > 0)
         b = jax.vmap(partial(_subset, q, y, size))(uniform)
-        s = jnp.maximum(jnp.mean(jnp.abs(b @ q.T - y), axis=1), tiny)
+        s = jnp.maximum(1.5 * _rough_median(jnp.abs(b @ q.T - y), w), tiny)
         at = best(_FINALISTS // samples, steps(3, q, y, w, (b, s)))
         return best(_WINNERS // samples, steps(30, q, y, w, at))
 
@@ -95,6 +95,24 @@ def s_estimate(of: Problem, loss: Loss, share: Array, floor: Array, key: Array) 
     ends = lax.map(partial(m_estimate, of, lambda s: lambda r: s * (s * loss(r / s)), scale), at[0])
     lowest = jnp.argmin(jnp.where(jnp.isnan(ends.scale), jnp.inf, ends.scale))
     return jax.tree.map(lambda x: x[lowest], ends)
+
+
+def _rough_median(x: Array, w: Array) -> Array:
+    """Of each row of x >= 0, to a hundredth part, the weights adding up to 1.
+
+    The steps of an M-scale are too short to come down from outliers to where it is.
+    """
+    info = jnp.finfo(x.dtype)
+    integer = jnp.int64 if info.bits == 64 else jnp.int32
+    coarse = (lax.bitcast_convert_type(x, integer) >> (info.nmant - 7)).astype(jnp.int32)
+
+    def halve(i: Array, low: Array) -> Array:
+        middle = low + (1 << (info.nexp + 6 - i))
+        below = jnp.sum((coarse < middle[:, None]).astype(w.dtype) * w, axis=1)
+        return jnp.where(below <= 0.5, middle, low)
+
+    low = lax.fori_loop(0, info.nexp + 7, halve, jnp.zeros(len(x), jnp.int32))
+    return lax.bitcast_convert_type(low.astype(integer) << (info.nmant - 7), x.dtype)
 
 
 def _subset(q: Array, y: Array, size: Array, uniform: Array) -> Array:
