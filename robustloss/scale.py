@@ -648,25 +648,58 @@ def _weighted_quartiles(x: Array, w: Array) -> list[Array]:
 def _order(x: Array, w: Array | None, low: Any, high: Any) -> tuple[Array, Array]:
     """Where the first entries are that have these weights at or below them, `high` next to `low`.
 
-    By bisection on the bits of a number, as an integer of the same order.
+    A bracket (first, last] of the answer is narrowed by interpolating between the weights up to
+    its ends, every third time by halving it as integers of the same order, which no data can
+    slow down; once few entries are left in it, they are met in turn.
     """
     x = lax.stop_gradient(x)
+    kept = True if w is None else w > 0
     sign = jnp.iinfo(_bits(x).dtype).max
+    few = 4 if not _weighted(w) else 4 * _size(x, w) / x.size
+
+    def key(value: Array) -> Array:
+        bits = _bits(value)
+        return jnp.where(bits < 0, bits ^ sign, bits)
 
     def number(key: Array) -> Array:
         return lax.bitcast_convert_type(jnp.where(key < 0, key ^ sign, key), x.dtype)
 
-    def halve(_: Any, between: tuple[Array, Array]) -> tuple[Array, Array]:
-        first, last = between
-        middle = (first & last) + ((first ^ last) >> 1)  # their mean, which cannot overflow
-        enough = _sum(w, x <= number(middle)) >= low
-        return jnp.where(enough, first, middle + 1), jnp.where(enough, middle, last)
+    def narrow(state: Any) -> Any:
+        first, last, below, upto, steps = state
+        part = (low - below).astype(x.dtype) / (upto - below).astype(x.dtype)
+        guess = first + (last - first) * part
+        a, b = key(first), key(last)
+        middle = number((a & b) + ((a ^ b) >> 1))  # their mean, which cannot overflow
+        halve = (steps % 3 == 2) | ~((guess > first) & (guess < last))
+        here = jnp.where(halve, middle, guess)
+        weight = _sum(w, x <= here)
+        enough = weight >= low
+        return (
+            jnp.where(enough, first, here),
+            jnp.where(enough, here, last),
+            jnp.where(enough, below, weight),
+            jnp.where(enough, weight, upto),
+            steps + 1,
+        )
 
-    infinity = _bits(jnp.full_like(x, jnp.inf, shape=()))
-    between = ~infinity, infinity
-    _, last = lax.fori_loop(0, jnp.iinfo(infinity.dtype).bits, halve, between)
-    there = number(last)
-    kept = True if w is None else w > 0
+    def meet(state: Any) -> Any:
+        first, last, below, upto, _ = lax.while_loop(
+            lambda state: (state[3] - state[2] > few) & (state[4] < 24),
+            narrow,
+            (*state[:4], jnp.int32(0)),
+        )
+        there = jnp.min(jnp.where(~(x <= first) & kept, x, jnp.inf))
+        upto_there = _sum(w, x <= there)
+        return there, last, upto_there, upto, (upto_there < low) & (there < jnp.inf)
+
+    lowest = jnp.min(x, where=kept, initial=jnp.inf)
+    # Below it by more than a subnormal number, which may count as 0.
+    lower = lowest - jnp.maximum(jnp.abs(lowest), float(jnp.finfo(x.dtype).tiny))
+    lower = jnp.where(lowest > -jnp.inf, lower, number(key(lowest) - 1))
+    start = lower, jnp.max(x, where=kept, initial=-jnp.inf)
+    everything = _size(x, w)
+    start = *start, jnp.zeros_like(everything), everything, jnp.asarray(True)
+    there, *_ = lax.while_loop(lambda state: state[-1], meet, start)
     above = jnp.min(jnp.where((x > there) & kept, x, jnp.inf))
     following = jnp.where(_sum(w, x <= there) >= high, there, above)
     return jnp.argmax((x == there) & kept), jnp.argmax((x == following) & kept)
