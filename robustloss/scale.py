@@ -645,6 +645,11 @@ def _weighted_quartiles(x: Array, w: Array) -> list[Array]:
     return quartiles
 
 
+def smallest(x: Array, rank: ArrayLike) -> Array:
+    """The entry of x, which is (n,), that has `rank` at or below it; not for differentiation."""
+    return x[_order(x, None, rank, rank)[0]]
+
+
 def _order(x: Array, w: Array | None, low: Any, high: Any) -> tuple[Array, Array]:
     """Where the first entries are that have these weights at or below them, `high` next to `low`.
 
@@ -683,7 +688,7 @@ def _order(x: Array, w: Array | None, low: Any, high: Any) -> tuple[Array, Array
         )
 
     def meet(state: Any) -> Any:
-        first, last, below, upto, _ = lax.while_loop(
+        first, last, _, upto, _ = lax.while_loop(
             lambda state: (state[3] - state[2] > few) & (state[4] < 24),
             narrow,
             (*state[:4], jnp.int32(0)),

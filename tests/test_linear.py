@@ -337,7 +337,8 @@ def test_mm_survives_outliers(x64):
     inputs, targets = np.stack(inputs), np.stack(targets)
     found = jax.vmap(partial(rl.fit_linear, loss=rl.tukey))(inputs, targets)
     huber = jax.vmap(rl.fit_linear)(inputs, targets)
-    assert np.all(found.converged) and np.all(huber.converged)
+    assert np.all(found.converged)
+    assert np.all(huber.converged)
     for case, (outliers, bad, _) in enumerate(cases):
         off = np.abs(found.coefficients[case] - np.arange(1, 4))
         assert np.max(off) < 0.5, cases[case]

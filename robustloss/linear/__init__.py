@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
-from jax.scipy.stats import norm
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
-from robustloss import scale as scales
 from robustloss.linear import inference
+from robustloss.linear._choice import (
+    checked_method,
+    level,
+    redescends,
+    residual_scale,
+    s_loss,
+    takes,
+    tuned,
+)
 from robustloss.linear._problem import Problem, coefficients, from_coefficients, problem
+from robustloss.linear._result import LinearFit
 from robustloss.linear.high_breakdown import s_estimate
 from robustloss.linear.interior_point import quantile_fit
-from robustloss.linear.irls import At, Estimate, least_squares, m_estimate
+from robustloss.linear.irls import At, Estimate, Spread, least_squares, m_estimate, thinned
 from robustloss.losses._elementwise import (
     at_least_float32,
     between,
@@ -29,111 +34,14 @@ from robustloss.losses._elementwise import (
     real_array,
     with_leaves,
 )
-from robustloss.losses.asymmetric import quantile
-from robustloss.losses.convex import absolute_error, huber
-from robustloss.losses.redescending import tukey
+from robustloss.losses.convex import huber
 from robustloss.reduce import mask, nonnegative
-from robustloss.tuning import tune
-from robustloss.views import influence, weight
+from robustloss.views import weight
 
 __all__ = ["LinearFit", "fit_linear"]
 
 Loss = Callable[..., Array]
 Scale = Callable[..., Array]
-
-METHODS = ("irls", "interior_point", "mm")
-
-
-class LinearFit(NamedTuple):
-    """What `fit_linear` found.
-
-    A pytree: under vmap, and where y has several columns, each field has one more axis in front.
-    """
-
-    coefficients: Array
-    """One for each column of X."""
-    intercept: Array
-    """0 in a fit without."""
-    scale: Array
-    """Of the residuals, robust; 0 where at least half of the rows are fitted exactly."""
-    weights: Array
-    """What each row counted, `psi(r) / r`; 0 where dropped, inf where MAE meets a row exactly."""
-    residuals: Array
-    """`y - predict(X)`; NaN where dropped."""
-    covariance: Array
-    """Of the intercept, where there is one, and the coefficients, in this order. NaN for those
-    that the data cannot tell from others."""
-    converged: Array
-    """Whether what defines the fit holds, to rounding."""
-    steps: Array
-    """How many it took."""
-    unique: Array
-    """False where other coefficients are known to serve as well: columns that depend on
-    others, of which the smallest solution was taken, or a MAE with a level edge."""
-
-    def predict(self, X: ArrayLike) -> Array:
-        """`X @ coefficients + intercept`; a row for each target if there are several."""
-        rows = real_array("X", X)
-        if rows.ndim == 0 or rows.shape[-1] != self.coefficients.shape[-1]:
-            columns = self.coefficients.shape[-1]
-            raise ValueError(f"X must have {columns} columns, got the shape {rows.shape}")
-        return self.coefficients @ rows.T + self.intercept[..., None]
-
-    def flagged(self, cutoff: float = 2.5) -> Array:
-        """The rows whose residual is larger than `cutoff` scales."""
-        return jnp.abs(self.residuals) > cutoff * self.scale[..., None]
-
-    def standard_errors(self) -> Array:
-        """The roots of the covariance's diagonal."""
-        return jnp.sqrt(jnp.diagonal(self.covariance, axis1=-2, axis2=-1))
-
-    def summary(self, names: Sequence[str] | None = None) -> str:
-        """A table to print: coefficients, standard errors, z, p-values, 95 % intervals.
-
-        Args:
-            names: of the columns of X.
-
-        Raises:
-            ValueError: a batch of fits, or not one name for each column.
-        """
-        if self.coefficients.ndim != 1:
-            raise ValueError("summary takes one fit; take one of a batch with jax.tree.map")
-        columns = len(self.coefficients)
-        names = [f"x{i + 1}" for i in range(columns)] if names is None else list(names)
-        if len(names) != columns:
-            raise ValueError(f"names must be {columns}, one for each column, got {len(names)}")
-        values = np.asarray(self.coefficients)
-        if len(self.covariance) > columns:
-            names, values = ["intercept", *names], np.append(self.intercept, values)
-        errors = np.asarray(self.standard_errors())
-        with np.errstate(all="ignore"):
-            z = values / errors
-        p = 2 * np.asarray(norm.sf(np.abs(z)))
-        low, high = values - 1.959963985 * errors, values + 1.959963985 * errors
-        head = ["", "coef", "std err", "z", "P>|z|", "[0.025", "0.975]"]
-        rows = [
-            [name, *(f"{x:.4f}" for x in row[:2]), f"{row[2]:.3f}", f"{row[3]:.3f}",
-             *(f"{x:.3f}" for x in row[4:])]
-            for name, *row in zip(names, values, errors, z, p, low, high, strict=True)
-        ]  # fmt: skip
-        widths = [max(len(row[i]) for row in [head, *rows]) + 2 for i in range(len(head))]
-        lines = [
-            row[0].ljust(widths[0]) + "".join(
-                cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)
-            )
-            for row in [head, *rows]
-        ]  # fmt: skip
-        rule = "-" * len(lines[0])
-        flagged = np.flatnonzero(np.asarray(self.flagged())) + 1
-        kept = int(np.sum(~np.isnan(np.asarray(self.residuals))))
-        end = "converged" if bool(self.converged) else "NOT CONVERGED"
-        notes = [f"{kept} rows, scale {float(self.scale):.5g}, {end} in {int(self.steps)} steps"]
-        if not bool(self.unique):
-            notes.append("not unique: other coefficients serve as well")
-        if flagged.size:
-            shown = ", ".join(map(str, flagged[:12])) + (", ..." if flagged.size > 12 else "")
-            notes.append(f"rows beyond 2.5 scales: {shown}")
-        return "\n".join([lines[0], rule, *lines[1:], rule, *notes])
 
 
 def fit_linear(
@@ -216,35 +124,37 @@ the rows cannot carry off, then the M-estimate next to it, at its scale |
         raise ValueError(f"{k} coefficients need at least one and as many rows, got {n}")
     keep = None if where is None else mask(where, (n,))
     w = None if weights is None else nonnegative(weights, (n,), where).astype(y.dtype)
-    method = _checked_method(loss, method)
+    method = checked_method(loss, method)
     b = None if start is None else real_array("start", start).astype(y.dtype)
     if b is not None and (b.shape != (k,) or method != "irls"):
         raise ValueError(
             f'start is for method="irls" and must have the shape ({k},), '
             f"got method={method!r} and the shape {b.shape}"
         )
-    free = _takes(loss, "delta")
+    free = takes(loss, "delta")
     if tuning is not None and not free:
         raise ValueError("tuning sets delta, but this loss has no free delta")
     if tuning is None:
-        tuning = _tuned(loss) if free else 1.0
+        tuning = tuned(loss) if free else 1.0
     if method == "mm" and scale != "mad":
         raise ValueError(f'method="mm" estimates its own scale, got scale={scale!r}')
-    estimated, number = _scale(scale, w is not None)
+    estimated, number = residual_scale(scale, w is not None)
+    # One minimum is found from anywhere, several only from where one starts.
+    anywhere = b is None and method == "irls" and redescends(loss) is False
     return _fit_linear(
-        method, free, bool(intercept), with_leaves(loss),
-        _s_loss(loss) if method == "mm" else None,
+        method, free, bool(intercept), anywhere, with_leaves(loss),
+        s_loss(loss) if method == "mm" else None,
         estimated,
         X, y, positive("tuning", tuning).astype(y.dtype),
         positive("scale", number).astype(y.dtype),
-        between("q", _level(loss) if method == "interior_point" else 0.5, 0, 1).astype(y.dtype),
+        between("q", level(loss) if method == "interior_point" else 0.5, 0, 1).astype(y.dtype),
         b, keep, w, jax.random.key(0) if key is None else key,
     )  # fmt: skip
 
 
-@partial(jax.jit, static_argnums=range(3))
+@partial(jax.jit, static_argnums=range(4))
 def _fit_linear(
-    method: str, free: bool, intercept: bool, loss: Partial, chi: Partial | None,
+    method: str, free: bool, intercept: bool, anywhere: bool, loss: Partial, chi: Partial | None,
     of_residuals: Partial | None, X: Array, y: Array, tuning: Array, given: Array, level: Array,
     start: Array | None, keep: Array | None, w: Array | None, key: Array,
 ) -> LinearFit:  # fmt: skip
@@ -253,20 +163,18 @@ def _fit_linear(
 
     def one(y: Array) -> LinearFit:
         of = problem(X, y, keep, w, intercept)
-        floor = 16 * jnp.finfo(y.dtype).eps * scales.mad(of.y, center=0.0, where=keep)
+        floor = 16 * jnp.finfo(y.dtype).eps * of.size
         floor = jnp.where(floor > 0, floor, jnp.finfo(y.dtype).tiny ** 0.5)
 
-        def scale_of(r: Array) -> Array:
-            return (
-                given
-                if of_residuals is None
-                else jnp.maximum(_of_residuals(of_residuals, r, of), floor)
-            )
+        def spread(of: Problem, r: Array) -> Array:
+            if of_residuals is None:
+                return given
+            return jnp.maximum(_of_residuals(of_residuals, r, of), floor)
 
         if method == "interior_point":
             vertex = quantile_fit(of, level)
             found = Estimate(
-                vertex.b, scale_of(vertex.residuals), vertex.residuals, vertex.converged,
+                vertex.b, spread(of, vertex.residuals), vertex.residuals, vertex.converged,
                 vertex.steps,
             )  # fmt: skip
             covariance = inference.powell(of, level, vertex.residuals)
@@ -274,13 +182,21 @@ def _fit_linear(
         if chi is not None:
             found, covariance = _mm(of, at, chi, floor, key)
         else:
-            b = least_squares(of) if start is None else from_coefficients(of, start)
-            found = m_estimate(of, at, scale_of, b)
+            b = None if start is None else from_coefficients(of, start)
+            found = _m(of, at, spread, b, anywhere)
             covariance = inference.huber_h1(of, at, found)
         return _result(of, at, found, floor, covariance, jnp.asarray(True))
 
     with jax.default_matmul_precision("highest"):
         return one(y) if y.ndim == 1 else jax.vmap(one, 1)(y)
+
+
+def _m(of: Problem, at: At, spread: Spread, start: Array | None, anywhere: bool) -> Estimate:
+    """The M-estimate, from least squares unless told."""
+    some = thinned(of) if anywhere else None
+    if some is not None:
+        start = m_estimate(some, at, spread, least_squares(some)).b
+    return m_estimate(of, at, spread, least_squares(of) if start is None else start)
 
 
 def _mm(of: Problem, at: At, chi: Partial, floor: Array, key: Array) -> tuple[Estimate, Array]:
@@ -289,7 +205,7 @@ def _mm(of: Problem, at: At, chi: Partial, floor: Array, key: Array) -> tuple[Es
     share = jnp.maximum(0.5 * (1 - of.rank / n), 0.5 / n)
     initial = s_estimate(of, chi, share, floor, key)
     s = initial.scale
-    found = m_estimate(of, at, lambda r: s, initial.b)
+    found = m_estimate(of, at, lambda of, r: s, initial.b)
     # A scale of 0 leaves nothing to improve.
     exact = s <= floor
     found = jax.tree.map(lambda x, y: jnp.where(exact, y, x), found, initial)
@@ -340,109 +256,6 @@ def _data(X: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:
     return X.astype(dtype), y.astype(dtype)
 
 
-def _checked_method(loss: Loss, method: str | None) -> str:
-    if method is None:
-        if _base(loss) in (absolute_error, quantile):
-            return "interior_point"
-        method = "mm" if _redescends(loss) else "irls"
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    if method == "irls" and np.isinf(_weight_at_0(loss)):
-        raise ValueError(
-            'method="irls" cannot use a loss with a kink at 0, where its weight is infinite; '
-            'absolute_error and quantile have method="interior_point"'
-        )
-    return method
-
-
-def _base(loss: Loss) -> Loss:
-    return loss.func if isinstance(loss, partial) else loss
-
-
-def _takes(loss: Loss, name: str) -> bool:
-    """Whether a function has a parameter that is not fixed yet."""
-    if isinstance(loss, partial) and name in loss.keywords:
-        return False
-    return name in inspect.signature(loss).parameters
-
-
-def _redescends(loss: Loss) -> bool:
-    """Whether a residual of a million counts less than one of 1."""
-    with jax.ensure_compile_time_eval():
-        try:
-            near, far = np.abs(np.asarray(influence(loss, jnp.asarray([0.5, 1e6]))))
-        except jax.errors.TracerArrayConversionError:
-            raise ValueError(
-                "a loss with traced parameters does not tell its law: name the method"
-            ) from None
-    return bool(far < 0.01 * near)
-
-
-def _weight_at_0(loss: Loss) -> float:
-    with jax.ensure_compile_time_eval():
-        try:
-            return float(weight(loss, jnp.asarray(0.0)))
-        except jax.errors.ConcretizationTypeError:
-            return 1.0
-
-
-def _level(loss: Loss) -> ArrayLike:
-    """The quantile that a loss with a kink seeks."""
-    if _base(loss) is absolute_error:
-        return 0.5
-    if _base(loss) is not quantile:
-        raise ValueError('method="interior_point" is for absolute_error and quantile')
-    fixed = loss.keywords if isinstance(loss, partial) else {}
-    if "q" not in fixed:
-        raise ValueError("quantile needs its q: functools.partial(rl.quantile, q=0.9)")
-    return fixed["q"]
-
-
-def _s_loss(loss: Loss) -> Partial:
-    """The loss of the S-estimate: the same if it has a bound, else Tukey's."""
-    if _takes(loss, "delta"):
-        with jax.ensure_compile_time_eval():
-            bound = loss(jnp.asarray(jnp.inf))
-        if not isinstance(bound, jax.core.Tracer) and np.isfinite(bound):
-            return with_leaves(partial(loss, delta=_tuned(loss, breakdown=0.5)))
-    if not _redescends(loss):
-        raise ValueError('method="mm" is for losses whose influence returns to zero')
-    return with_leaves(partial(tukey, delta=_tuned(tukey, breakdown=0.5)))
-
-
-def _tuned(loss: Loss, **request: float) -> float:
-    """`tune` for 95 % efficiency, or as requested."""
-    request = request or {"efficiency": 0.95}
-    fixed = loss.keywords if isinstance(loss, partial) and not loss.args else {}
-    try:
-        hash(tuple(fixed.values()))
-    except TypeError:
-        return tune(loss, **request)
-    if isinstance(loss, partial) and loss.args:
-        return tune(loss, **request)
-    return _tuned_once(_base(loss), tuple(sorted(fixed.items())), tuple(request.items()))
-
-
-@lru_cache
-def _tuned_once(function: Loss, fixed: Any, request: Any) -> float:
-    return tune(partial(function, **dict(fixed)) if fixed else function, **dict(request))
-
-
-def _scale(scale: str | Scale | ArrayLike, weighted: bool) -> tuple[Partial | None, ArrayLike]:
-    """A function as a pytree, or None and the number that is given instead."""
-    if not isinstance(scale, str) and not callable(scale):
-        return None, scale
-    if isinstance(scale, str):
-        named = [name for name in scales.__all__ if name.islower() and name != "location_scale"]
-        if scale not in named:
-            known = ", ".join(named)
-            raise ValueError(f"scale must be a number, a function or one of {known}, got {scale!r}")
-        scale = partial(scales.proposal2, k=1.345) if scale == "proposal2" else vars(scales)[scale]
-    if weighted and not _takes(scale, "weights"):
-        raise ValueError(f"weights were given, but the scale {_base(scale).__name__} takes none")
-    return with_leaves(scale), 1.0
-
-
 def _of_residuals(scale: Partial, r: Array, of: Problem) -> Array:
     known = {"center": 0.0, "where": of.keep, "weights": of.w, "ddof": of.rank}
-    return scale(r, **{name: x for name, x in known.items() if _takes(scale.func, name)})
+    return scale(r, **{name: x for name, x in known.items() if takes(scale.func, name)})

@@ -1,39 +1,48 @@
 """A regression in coordinates in which its columns are of one size and close to orthogonal.
 
-Every solver works on the rows `q` of a `Problem`, so none meets a column in unusual units, a large
-mean or two columns that are nearly the same; one that depends on the others has become 0.
+Every solver works on the rows q of a `Problem`, so none meets a column in unusual units, a large
+mean or two columns that are nearly the same; one that depends on the others has become 0. Rows
+are made when they are needed, a block at a time: the data are never copied.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from math import gcd
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.scipy.linalg import cho_factor, cho_solve
 
 from robustloss.scale import mad
 
-_ROWS = 4096  # enough to center and to scale a column by
+_SAMPLE = 4096  # rows, enough to center and to scale a column by
+_BLOCK = 16384  # rows, few enough for a cache
 
 
 class Problem(NamedTuple):
-    """Minimise over b what a loss makes of `y - q @ b`."""
+    """Minimise over b what a loss makes of `y - q b`, `q = (X - center) slopes + constants`."""
 
-    q: Array
-    """(n, k), rows that are dropped 0"""
+    X: Array
+    """(n, p), as given"""
     y: Array
-    """(n,), less a constant if there is an intercept"""
+    """(n,), less a constant if there is an intercept; 0 where dropped"""
     w: Array | None
     """(n,) weights, or None"""
     keep: Array | None
     """(n,) booleans, or None"""
-    basis: Array
-    """(k, k): `basis @ b` are coefficients of the columns (1, (X - center) / spread)"""
     center: Array
     spread: Array
+    """(p,) of the columns, robust"""
+    slopes: Array
+    constants: Array
+    """(p, k) and (k,)"""
     middle: Array
     """what was taken from y"""
+    size: Array
+    """of y, robust: what rounding is relative to"""
     rank: Array
     told: Array
     """(k,) which coefficients the data tell from the others"""
@@ -47,60 +56,138 @@ class Problem(NamedTuple):
 
 def problem(X: Array, y: Array, keep: Array | None, w: Array | None, intercept: bool) -> Problem:
     """X is (n, p) and y is (n,), both floating and at least float32."""
-    if keep is not None:
-        X, y = jnp.where(keep[:, None], X, 0), jnp.where(keep, y, 0)
     n, p = X.shape
-    step = -(-n // _ROWS)
-    some = None if keep is None else keep[::step]
+    y = y if keep is None else jnp.where(keep, y, 0)
+    some = slice(None, None, -(-n // _SAMPLE))
+    kept = None if keep is None else keep[some]
     # Of most of the rows: one wild entry must not flatten the others.
+    table = jnp.concatenate([X[some], y[some, None]], axis=1)
+    middles = _median(table, kept) if intercept else jnp.zeros(p + 1, X.dtype)
+    spreads = jnp.nan_to_num(mad(
+        table, center=middles, axis=0, where=None if kept is None else kept[:, None]
+    ))  # fmt: skip
+    center, middle, spread, size = middles[:p], middles[p], spreads[:p], spreads[p]
+    present = True if keep is None else keep[:, None]
+    largest = jnp.max(jnp.abs(X - center), axis=0, where=present, initial=0)
+    spread = jnp.where(spread > 0, spread, jnp.where(largest > 0, largest, 1))
     if intercept:
-        center, middle = _median(X[::step], some), _median(y[::step, None], some)[0]
-    else:
-        center, middle = jnp.zeros(p, X.dtype), jnp.zeros((), y.dtype)
-    z = X - center
-    where = None if some is None else some[:, None]
-    spread = mad(z[::step], center=0.0, axis=0, where=where)
-    size = jnp.max(jnp.abs(z), axis=0, where=True if keep is None else keep[:, None], initial=0)
-    spread = jnp.where(spread > 0, spread, jnp.where(size > 0, size, 1))
-    z = z / spread
+        y = y - middle if keep is None else jnp.where(keep, y - middle, 0)
+
+    unit = jnp.diag(1 / spread)
+    k = p + intercept
     if intercept:
-        z = jnp.concatenate([jnp.ones((n, 1), z.dtype), z], axis=1)
-        y = y - middle
-    k = z.shape[1]
-    each = jnp.ones_like(y) if w is None else (w > 0).astype(y.dtype)
-    each = each / (1 + jnp.sum(z * z, axis=1) / k)
-    if keep is not None:
-        each = jnp.where(keep, each, 0)
-    gram = (z * each[:, None]).T @ z
-    diagonal = jnp.sqrt(jnp.maximum(jnp.diagonal(gram), 0))
-    unit = jnp.where(diagonal > 0, diagonal, 1)
-    values, vectors = jnp.linalg.eigh(gram / (unit[:, None] * unit))
-    kept = values > 4 * k * jnp.finfo(z.dtype).eps * jnp.max(values)
-    total = jnp.sqrt(jnp.sum(each))
-    basis = jnp.where(kept, vectors / jnp.sqrt(jnp.where(kept, values, 1)), 0) * (
-        total / unit[:, None]
+        unit = jnp.concatenate([jnp.zeros((p, 1), unit.dtype), unit], axis=1)
+    first = jnp.zeros(k, X.dtype).at[0].set(1.0) if intercept else jnp.zeros(k, X.dtype)
+    raw = Problem(
+        X, y, w, keep, center, spread, unit, first, middle, size, jnp.int32(k),
+        jnp.ones(k, bool), intercept,
+    )  # fmt: skip
+
+    def terms(z: Array, each: Array) -> tuple[Array, Array]:
+        each = (each > 0) / (1 + jnp.sum(z * z, axis=1) / k)
+        return gram(z, each), jnp.sum(each)
+
+    normal, total = sums(raw, terms)
+    diagonal = jnp.sqrt(jnp.maximum(jnp.diagonal(normal), 0))
+    diagonal = jnp.where(diagonal > 0, diagonal, 1)
+    values, vectors = jnp.linalg.eigh(normal / (diagonal[:, None] * diagonal))
+    known = values > 4 * k * jnp.finfo(X.dtype).eps * jnp.max(values)
+    basis = jnp.where(known, vectors / jnp.sqrt(jnp.where(known, values, 1)), 0)
+    basis = basis * (jnp.sqrt(total) / diagonal[:, None])
+    free = jnp.where(known, 0, vectors / diagonal[:, None])
+    return raw._replace(
+        slopes=unit @ basis,
+        constants=first @ basis,
+        rank=jnp.sum(known, dtype=jnp.int32),
+        told=_told(raw, free),
     )
-    q = z @ basis
-    if keep is not None:
-        q, y = jnp.where(keep[:, None], q, 0), jnp.where(keep, y, 0)
-    # Coefficients that change along a direction in which the fit does not.
-    free = jnp.where(kept, 0, vectors / unit[:, None])
+
+
+def _told(raw: Problem, free: Array) -> Array:
+    """Which coefficients stay what they are along directions in which the fit does not change."""
     size = jnp.abs(free)
-    if intercept:
-        slopes = free[1:] / spread[:, None]
-        parts = center[:, None] * slopes
+    largest = jnp.max(size, axis=0)
+    if raw.intercept:
+        slopes = free[1:] / raw.spread[:, None]
+        parts = raw.center[:, None] * slopes
         size = size.at[0].add(jnp.sum(jnp.abs(parts), axis=0))
         free = free.at[0].add(-jnp.sum(parts, axis=0))
-    largest = jnp.maximum(size, jnp.max(jnp.abs(jnp.where(kept, 0, vectors)) / unit[:, None], 0))
-    lost = jnp.any(jnp.abs(free) > jnp.finfo(z.dtype).eps ** 0.5 * largest, axis=1)
-    rank = jnp.sum(kept, dtype=jnp.int32)
-    return Problem(q, y, w, keep, basis, center, spread, middle, rank, ~lost, intercept)
+    noise = jnp.finfo(free.dtype).eps ** 0.5 * jnp.maximum(size, largest)
+    return ~jnp.any(jnp.abs(free) > noise, axis=1)
 
 
 def _median(x: Array, keep: Array | None) -> Array:
     """A middle of each column, 0 where nothing is kept."""
     x = x if keep is None else jnp.where(keep[:, None], x, jnp.nan)
     return jnp.nan_to_num(jnp.nanmedian(x, axis=0))
+
+
+def rows(of: Problem) -> Array:
+    """All q, 0 where dropped: for as many rows as may be copied."""
+    q = (of.X - of.center) @ of.slopes + of.constants
+    return q if of.keep is None else jnp.where(of.keep[:, None], q, 0)
+
+
+def part(of: Problem, which: slice | Array) -> Problem:
+    """The same coordinates for some of the rows; an index past the last drops its row."""
+
+    def these(x: Array | None) -> Array | None:
+        return None if x is None else x[which]
+
+    keep = these(of.keep)
+    if not isinstance(which, slice):
+        inside = which < len(of.y)
+        keep = inside if keep is None else keep & inside
+    return of._replace(X=of.X[which], y=of.y[which], w=these(of.w), keep=keep)
+
+
+def predictions(of: Problem, b: Array) -> Array:
+    """`q b` of each row."""
+    # Not a product of matrices, of which one would have to be written first.
+    each = jnp.sum((of.X - of.center) * (of.slopes @ b), axis=1) + of.constants @ b
+    return each if of.keep is None else jnp.where(of.keep, each, 0)
+
+
+def sums(of: Problem, terms: Callable[..., Any], *vectors: Array) -> Any:
+    """What `terms(q, each, *vectors)` makes of the rows, added up over blocks of them.
+
+    It must be a sum that a row with the weight 0 in `each` has no part in. A block has rows from
+    each of up to 64 groups, so that every device has its own where they are on several.
+    """
+    n = len(of.y)
+    groups = gcd(n, 64)
+    length, height = n // groups, -(-_BLOCK // groups)
+    if length <= height:
+        return terms(rows(of), of.each(), *vectors)
+
+    def block(i: Array, total: Any) -> Any:
+        first = jnp.minimum(i * height, length - height)
+
+        def here(x: Array) -> Array:
+            x = x.reshape(groups, length, *x.shape[1:])
+            x = lax.dynamic_slice_in_dim(x, first, height, 1)
+            return x.reshape(groups * height, *x.shape[2:])
+
+        these = of._replace(
+            X=here(of.X),
+            y=jnp.zeros(groups * height, of.y.dtype),
+            w=None if of.w is None else here(of.w),
+            keep=None if of.keep is None else here(of.keep),
+        )
+        # The last block starts with rows of the one before.
+        new = jnp.tile(first + jnp.arange(height) >= i * height, groups)
+        added = terms(rows(these), jnp.where(new, these.each(), 0), *map(here, vectors))
+        return jax.tree.map(jnp.add, total, added)
+
+    one = part(of, slice(1))
+    shapes = jax.eval_shape(terms, rows(one), one.each(), *(x[:1] for x in vectors))
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return lax.fori_loop(0, -(-length // height), block, nothing)
+
+
+def gram(q: Array, w: Array) -> Array:
+    """`q' diag(w) q`."""
+    return (q * w[:, None]).T @ q
 
 
 def solve(gram: Array, right: Array) -> Array:
@@ -111,34 +198,26 @@ def solve(gram: Array, right: Array) -> Array:
     return cho_solve(cho_factor(gram + ridge * jnp.eye(k, dtype=gram.dtype), lower=True), right)
 
 
-def gram(q: Array, w: Array) -> Array:
-    """`q' diag(w) q`."""
-    return (q * w[:, None]).T @ q
+def raw_basis(of: Problem) -> Array:
+    """The matrix that takes b to the coefficients, but for the constant `middle`."""
+    if not of.intercept:
+        return of.slopes
+    return jnp.concatenate([(of.constants - of.center @ of.slopes)[None], of.slopes])
 
 
 def coefficients(of: Problem, b: Array) -> Array:
     """In the units of the user, the intercept first if there is one."""
-    scaled = of.basis @ b
+    slopes = of.slopes @ b
     if not of.intercept:
-        return scaled / of.spread
-    slopes = scaled[1:] / of.spread
-    return jnp.concatenate([(of.middle + scaled[0] - slopes @ of.center)[None], slopes])
-
-
-def raw_basis(of: Problem) -> Array:
-    """The matrix that takes b to the coefficients, but for the constant `middle`."""
-    if not of.intercept:
-        return of.basis / of.spread[:, None]
-    slopes = of.basis[1:] / of.spread[:, None]
-    return jnp.concatenate([(of.basis[0] - of.center @ slopes)[None], slopes])
+        return slopes
+    return jnp.concatenate([(of.middle + of.constants @ b - slopes @ of.center)[None], slopes])
 
 
 def from_coefficients(of: Problem, given: Array) -> Array:
     """The b of coefficients in the user's units."""
-    if of.intercept:
-        scaled = given[1:] * of.spread
-        first = given[0] - of.middle + given[1:] @ of.center
-        scaled = jnp.concatenate([first[None], scaled])
-    else:
-        scaled = given * of.spread
-    return jnp.linalg.pinv(of.basis) @ scaled
+    basis = of.slopes * of.spread[:, None]
+    if not of.intercept:
+        return jnp.linalg.pinv(basis) @ (given * of.spread)
+    basis = jnp.concatenate([of.constants[None], basis])
+    first = given[0] - of.middle + given[1:] @ of.center
+    return jnp.linalg.pinv(basis) @ jnp.concatenate([first[None], given[1:] * of.spread])

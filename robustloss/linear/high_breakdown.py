@@ -2,8 +2,8 @@
 
 That has many local minima, and what makes the fit robust is the one it starts from. Fast-S
 (Salibian-Barrera and Yohai 2006) draws many subsets of as few rows as determine a fit: some are
-free of outliers, whatever the rest is. Each moves towards its minimum by a few steps of
-reweighting, on a sample of the rows where they are many; the best go on to theirs.
+free of outliers, whatever the rest is. Each takes a few steps of reweighting on a small group of
+the rows, the best of each group some more on all groups together, the best of these on all rows.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from robustloss.linear._problem import Problem, solve
+from robustloss.linear import _problem
+from robustloss.linear._problem import Problem, rows, solve
 from robustloss.linear.irls import Estimate, m_estimate
-from robustloss.scale import m_scale
+from robustloss.scale import m_scale, smallest
 from robustloss.views import weight
 
 Loss = Callable[..., Array]
 Starts = tuple[Array, Array]  # coefficients and scales, a row for each
 
 _SUBSETS = 1000
-_FINALISTS = 100  # go on to their minimum, on the sample
-_WINNERS = 20  # and on all rows
-_LAST = 5  # to the last digit
-_ROWS = 2000  # in a sample
-_SAMPLES = 5  # at most
+_GROUPS = 5
+_ROWS = 400  # in a group, or 20 for each coefficient
+_FINALISTS = 50  # go on to all groups
+_LAST = 5  # and to the last digit
 
 
 def s_estimate(of: Problem, loss: Loss, share: Array, floor: Array, key: Array) -> Estimate:
@@ -36,16 +36,11 @@ def s_estimate(of: Problem, loss: Loss, share: Array, floor: Array, key: Array) 
 
     The scale is at least `floor`, which is what rounding makes of 0.
     """
-    n, k = of.q.shape
+    n, k = len(of.y), len(of.constants)
     draw, order = jax.random.split(key)
-    each = of.each()
-    # Those that count come first, in a random order, dealt out to the samples.
-    rows = jnp.argsort(jax.random.uniform(order, (n,)) + (each <= 0))
-    samples = min(_SAMPLES, n // _ROWS) if n > _ROWS else 1
-    rows = rows[: samples * min(n, _ROWS)].reshape(-1, samples).T
-    target = share * loss(jnp.full((), jnp.inf, of.y.dtype))
     # Far above what rounding leaves of a residual that is 0.
     tiny = floor / jnp.finfo(of.y.dtype).eps ** 0.5
+    target = share * loss(jnp.full((), jnp.inf, of.y.dtype))
 
     def steps(count: int, q: Array, y: Array, w: Array, at: Starts) -> Starts:
         """Of reweighting, each with a step of the scale, from many starts at once."""
@@ -72,27 +67,35 @@ def s_estimate(of: Problem, loss: Loss, share: Array, floor: Array, key: Array) 
         _, first = lax.top_k(-at[1], count)
         return at[0][first], at[1][first]
 
-    def of_sample(rows: Array, uniform: Array) -> Starts:
-        q, y, w = of.q[rows], of.y[rows], each[rows]
+    def of_group(rows: Array, uniform: Array) -> Starts:
+        q, y, w = all_q[rows], all_y[rows], each[rows]
         w, size = w / jnp.sum(w), jnp.sum(w > 0)
         b = jax.vmap(partial(_subset, q, y, size))(uniform)
         s = jnp.maximum(1.5 * _rough_median(jnp.abs(b @ q.T - y), w), tiny)
-        at = best(_FINALISTS // samples, steps(3, q, y, w, (b, s)))
-        return best(_WINNERS // samples, steps(30, q, y, w, at))
+        return best(_FINALISTS // groups, steps(2, q, y, w, (b, s)))
 
-    uniform = jax.random.uniform(draw, (samples, _SUBSETS // samples, k), of.y.dtype)
-    at = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.vmap(of_sample)(rows, uniform))
-    if n > _ROWS:
-        every = partial(steps, 20, of.q, of.y, each / jnp.sum(each))
-        at = lax.map(lambda one: jax.tree.map(lambda x: x[0], every(one)),
-                     jax.tree.map(lambda x: x[:, None], at))  # fmt: skip
-    at = best(min(_LAST, _WINNERS), at)
+    size = max(_ROWS, 20 * k)
+    groups = _GROUPS if n > _GROUPS * size else 1
+    taken = min(n, _GROUPS * size)
+    luck = jnp.where(of.each() > 0, jax.random.uniform(order, (n,)), jnp.inf)
+    chosen = jnp.isfinite(luck) & (luck <= smallest(luck, taken) if taken < n else True)
+    # Those that count come first.
+    sample = _problem.part(of, jnp.nonzero(chosen, size=taken, fill_value=n)[0])
+    all_q, all_y, each = rows(sample), sample.y, sample.each()
+    dealt = jnp.arange(taken).reshape(-1, groups).T
+    uniform = jax.random.uniform(draw, (groups, _SUBSETS // groups, k), of.y.dtype)
+    found = jax.vmap(of_group)(dealt, uniform)
+    found = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+    at = best(_LAST, steps(30, all_q, all_y, each / jnp.sum(each), found))
 
-    def scale(r: Array) -> Array:
+    def scale(of: Problem, r: Array) -> Array:
         s = m_scale(r, loss, breakdown=share, center=0.0, where=of.keep, weights=of.w)
         return jnp.maximum(s, floor)
 
-    ends = lax.map(partial(m_estimate, of, lambda s: lambda r: s * (s * loss(r / s)), scale), at[0])
+    def at_scale(s: Array) -> Loss:
+        return lambda r: s * (s * loss(r / s))
+
+    ends = lax.map(partial(m_estimate, of, at_scale, scale), at[0])
     lowest = jnp.argmin(jnp.where(jnp.isnan(ends.scale), jnp.inf, ends.scale))
     return jax.tree.map(lambda x: x[lowest], ends)
 

@@ -11,7 +11,7 @@ from jax import Array
 from jax.scipy.stats import norm
 from jax.typing import ArrayLike
 
-from robustloss.linear._problem import Problem, gram, raw_basis
+from robustloss.linear._problem import Problem, gram, raw_basis, sums
 from robustloss.linear.irls import At, Estimate
 from robustloss.scale import iqr
 from robustloss.views import curvature, influence
@@ -24,15 +24,22 @@ def huber_h1(of: Problem, loss: At, found: Estimate) -> Array:
 
     Source: Huber (1981), Robust Statistics, equation 7.6.9.
     """
-    each, n = counts(of)
+    unit, n = counts(of)
     here = loss(found.scale)
-    psi, bend = (jnp.where(each > 0, f(here, found.residuals), 0) for f in (influence, curvature))
-    mean = jnp.sum(each * bend) / n
-    variance = jnp.sum(each * (bend - mean) ** 2) / (n - 1)
+
+    def moments(q: Array, each: Array, r: Array) -> tuple[Array, ...]:
+        each = unit * each
+        psi, bend = (jnp.where(each > 0, f(here, r), 0) for f in (influence, curvature))
+        square = jnp.sum(each * psi * psi)
+        return gram(q, each), square, jnp.sum(each * bend), jnp.sum(each * bend * bend)
+
+    normal, square, bend, bend2 = sums(of, moments, found.residuals)
+    mean = bend / n
+    variance = (bend2 - n * mean**2) / (n - 1)
     kappa = 1 + of.rank * variance / (n * mean**2)
     left = n - of.rank
-    square = jnp.sum(each * psi * psi) / jnp.where(left > 0, left, jnp.nan)
-    return _in_units(of, (kappa / mean) ** 2 * square * _inverse(gram(of.q, each)))
+    square = square / jnp.where(left > 0, left, jnp.nan)
+    return _in_units(of, (kappa / mean) ** 2 * square * _inverse(normal))
 
 
 def after_s(
@@ -46,29 +53,39 @@ def after_s(
 
     Source: Croux, Dhaene and Hoorelbeke (2003), Robust standard errors for robust estimators.
     """
-    each, n = counts(of)
+    unit, n = counts(of)
     s = start.scale
-
-    def of_rows(f: Array) -> Array:
-        return jnp.where(each > 0, each * f, 0)
-
-    def total(f: Array) -> Array:
-        return of.q.T @ of_rows(f)
-
     here, there = loss(s), chi(s)
-    psi, bend = influence(here, found.residuals), curvature(here, found.residuals)
     bound = there(jnp.full((), jnp.inf, s.dtype))
-    level = there(start.residuals) / bound
-    pull = influence(there, start.residuals) * start.residuals / bound
-    inverse = _inverse(gram(of.q, of_rows(bend)))
-    by_scale = inverse @ (total(bend * found.residuals) * n / jnp.sum(of_rows(pull)))
-    both = inverse @ total(psi * level)
-    square = gram(of.q, of_rows(psi * psi))
+
+    def moments(q: Array, each: Array, r: Array, initial: Array) -> tuple[Array, ...]:
+        each = unit * each
+
+        def of_rows(f: Array) -> Array:
+            return jnp.where(each > 0, each * f, 0)
+
+        psi, bend = influence(here, r), curvature(here, r)
+        level = there(initial) / bound
+        pull = influence(there, initial) * initial / bound
+        return (
+            gram(q, of_rows(bend)),
+            gram(q, of_rows(psi * psi)),
+            q.T @ of_rows(bend * r),
+            q.T @ of_rows(psi * level),
+            jnp.sum(of_rows(pull)),
+            jnp.sum(of_rows(level**2 - half**2)),
+        )
+
+    bends, squares, shift, together, pull, spread = sums(
+        of, moments, found.residuals, start.residuals
+    )
+    inverse = _inverse(bends)
+    by_scale, both = inverse @ (shift * n / pull), inverse @ together
     covariance = (
-        inverse @ square @ inverse
+        inverse @ squares @ inverse
         - jnp.outer(by_scale, both) / n
         - jnp.outer(both, by_scale) / n
-        + jnp.sum(of_rows(level**2 - half**2)) * jnp.outer(by_scale, by_scale) / n**2
+        + spread * jnp.outer(by_scale, by_scale) / n**2
     )
     return _in_units(of, covariance)
 
@@ -81,30 +98,37 @@ def powell(of: Problem, level: Array, residuals: Array) -> Array:
 
     Source: Powell (1991); Koenker (2005), Quantile Regression, section 3.4.2.
     """
-    each, n = counts(of)
+    unit, n = counts(of)
     x = norm.ppf(level)
     z = norm.ppf(0.975)
     h = n ** (-1 / 3) * z ** (2 / 3) * (1.5 * norm.pdf(x) ** 2 / (2 * x * x + 1)) ** (1 / 3)
     room = jnp.minimum(level, 1 - level)
     halvings = jnp.maximum(jnp.floor(jnp.log2(h / room)) + 1, 0)
     h = h * 0.5**halvings
+    each = unit * of.each()
     mean = jnp.sum(each * residuals) / n
     deviation = jnp.sqrt(jnp.sum(each * (residuals - mean) ** 2) / (n - 1))
     quartiles = iqr(residuals, where=of.keep, weights=of.w) / 0.741301109252801
     spread = jnp.minimum(deviation, quartiles / 1.34)
     width = (norm.ppf(level + h) - norm.ppf(level - h)) * spread
     wide = jnp.where(width > 0, width, 1)
-    density = norm.pdf(residuals / wide) / wide
-    inverse = _inverse(gram(of.q, each * density))
-    covariance = level * (1 - level) * inverse @ gram(of.q, each) @ inverse
+
+    def moments(q: Array, each: Array, r: Array) -> tuple[Array, Array]:
+        each = unit * each
+        return gram(q, each), gram(q, each * norm.pdf(r / wide) / wide)
+
+    normal, density = sums(of, moments, residuals)
+    inverse = _inverse(density)
+    covariance = level * (1 - level) * inverse @ normal @ inverse
     return _in_units(of, jnp.where(width > 0, covariance, 0))
 
 
 def counts(of: Problem) -> tuple[Array, Array]:
-    """The weights, so that they add up to the number of observations; and this number."""
+    """What makes the weights add up to the number of observations; and this number."""
     each = of.each()
-    n = jnp.sum(each) ** 2 / jnp.sum(each * each)
-    return each * (n / jnp.sum(each)), n
+    total = jnp.sum(each)
+    n = total**2 / jnp.sum(each * each)
+    return n / total, n
 
 
 def _inverse(a: Array) -> Array:

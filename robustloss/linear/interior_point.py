@@ -5,6 +5,9 @@ Mehrotra's predictor-corrector form, comes near the optimum in some twenty steps
 number of rows. The rows it nearly meets then name a vertex, that is k rows which are met
 exactly; the simplex method makes sure that no edge leads further down; and the dual point says
 how far below any other coefficients could be.
+
+Where rows are many, only those near the fit take part. The others are counted as being above or
+below it, and once more, about the new fit, if one turns out to be on the other side.
 """
 
 from __future__ import annotations
@@ -14,9 +17,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import ArrayLike
 
-from robustloss.linear._problem import Problem, gram, solve
-from robustloss.linear.irls import least_squares
+from robustloss.linear._problem import Problem, gram, part, predictions, rows, solve, sums
+from robustloss.linear.irls import least_squares, thinned
+from robustloss.scale import smallest
+
+_MANY = 2**16  # rows
+_ROUNDS = 12
 
 
 class Vertex(NamedTuple):
@@ -30,22 +38,112 @@ class Vertex(NamedTuple):
     steps: Array
 
 
-def quantile_fit(of: Problem, level: Array, steps: int = 100) -> Vertex:
-    """The b that minimises the quantile loss at `level`."""
+class _Others(NamedTuple):
+    """What the rows that take no part add, each on a side that it is taken to stay on."""
+
+    pull: Array
+    """(k,) the sum of `level q` above and `(level - 1) q` below"""
+    size: Array
+    """(k,) of the terms of that sum"""
+    value: Array
+    """the sum of `level y` above and `(level - 1) y` below"""
+
+
+class _Basis(NamedTuple):
+    rows: Array
+    b: Array
+    optimal: Array
+    unique: Array
+    steps: Array
+
+
+def quantile_fit(of: Problem, level: Array) -> Vertex:
+    """The b that minimises the quantile loss at `level`. Portnoy and Koenker (1997)."""
+    n, k = len(of.y), len(of.constants)
     each = of.each()
     unit = jnp.max(each)
     each = each / jnp.where(unit > 0, unit, 1)
-    a, y = each[:, None] * of.q, each * of.y
-    b, bound, taken = _frisch_newton(a, y, each > 0, level, least_squares(of), steps)
-    found = _simplex(a, y, each > 0, level, b)
-    residuals = of.y - of.q @ found.b
+    tolerance = jnp.finfo(of.y.dtype).eps
+    if n < _MANY:
+        nobody = _Others(*jnp.zeros((2, k), of.y.dtype), jnp.zeros((), of.y.dtype))
+        a, y = each[:, None] * rows(of), each * of.y
+        b, bound, taken = _frisch_newton(
+            a, y, each > 0, level, nobody, least_squares(of), tolerance
+        )
+        found = _simplex(a, y, each > 0, level, nobody, b)
+        residuals, settled = of.y - predictions(of, found.b), jnp.asarray(True)
+        taken = taken + found.steps
+    else:
+        found, residuals, bound, taken, settled = _in_rounds(of, each, level, tolerance)
     residuals = residuals.at[found.rows].set(0, mode="drop")
     value = jnp.sum(_loss(each * residuals, level))
-    eps = jnp.finfo(y.dtype).eps
     # Sums of as many terms as there are rows, each rounded.
-    slack = eps**0.75 * value + 64 * eps * jnp.sum(jnp.abs(y))
-    optimal = found.optimal & (value - bound <= slack) & jnp.all(jnp.isfinite(found.b))
-    return Vertex(found.b, -residuals, found.unique, optimal, taken + found.steps)
+    slack = tolerance**0.75 * value + 64 * tolerance * jnp.sum(jnp.abs(each * of.y))
+    optimal = settled & found.optimal & (value - bound <= slack) & jnp.all(jnp.isfinite(found.b))
+    return Vertex(found.b, -residuals, found.unique, optimal, taken)
+
+
+def _in_rounds(
+    of: Problem, each: Array, level: Array, tolerance: float
+) -> tuple[_Basis, Array, Array, Array, Array]:
+    """With an eighth of the rows: first any, to see where the others are, then the nearest."""
+    n, k = len(of.y), len(of.constants)
+    count = max(_MANY // 2, n // 8)
+
+    class State(NamedTuple):
+        found: _Basis
+        residuals: Array
+        bound: Array
+        steps: Array
+        rounds: Array
+        settled: Array
+
+    def nearest(residuals: Array) -> tuple[Array, Array]:
+        distance = jnp.where(each > 0, jnp.abs(residuals), jnp.inf)
+        near = (distance <= smallest(distance, count)) & (each > 0)
+        (which,) = jnp.nonzero(near, size=count, fill_value=n)
+        return which, (each > 0).at[which].set(False, mode="drop")
+
+    def pulls(q: Array, each: Array, side: Array, y: Array) -> _Others:
+        pull = side * each
+        return _Others(q.T @ pull, jnp.abs(q).T @ jnp.abs(pull), jnp.sum(pull * y))
+
+    def round(at: State) -> State:
+        first = at.rounds == 0
+        which, out = nearest(at.residuals)
+        which = jnp.where(first, jnp.arange(count) * (n // count), which)
+        side = jnp.where(at.residuals >= 0, level, level - 1)
+        pull = jnp.where(out & ~first, side * each, 0)
+        others = sums(of, pulls, pull, of.y)
+        near = part(of, which)
+        w = jnp.where(which < n, each[which], 0)
+        a, y, kept = w[:, None] * rows(near), w * near.y, w > 0
+        b, bound, steps = _frisch_newton(
+            a, y, kept, level, others, at.found.b, jnp.where(first, 1e-4, tolerance)
+        )
+        found = _simplex(a, y, kept, level, others, b, jnp.where(first, 0, 200))
+        residuals = of.y - predictions(of, found.b)
+        # A row that is met may count as on either side.
+        noise = 64 * tolerance * (jnp.abs(of.y) + of.size)
+        astray = out & (residuals * jnp.sign(side) < -noise)
+        return State(
+            found._replace(rows=jnp.where(found.rows < count, which[found.rows], n)),
+            residuals,
+            bound + others.value,
+            at.steps + steps + found.steps,
+            at.rounds + 1,
+            ~first & ~jnp.any(astray),
+        )
+
+    start = least_squares(thinned(of) or of)
+    no = jnp.asarray(False)
+    zero = jnp.int32(0)
+    begin = State(
+        _Basis(jnp.zeros(k, jnp.int32), start, no, no, zero), of.y, jnp.zeros_like(of.size),
+        zero, zero, no,
+    )  # fmt: skip
+    end = lax.while_loop(lambda at: ~at.settled & (at.rounds < _ROUNDS), round, begin)
+    return end.found, end.residuals, end.bound, end.steps, end.settled
 
 
 def _loss(e: Array, level: Array) -> Array:
@@ -63,15 +161,22 @@ class _Interior(NamedTuple):
 
 
 def _frisch_newton(
-    a: Array, y: Array, kept: Array, level: Array, start: Array, steps: int
+    a: Array,
+    y: Array,
+    kept: Array,
+    level: Array,
+    others: _Others,
+    start: Array,
+    tolerance: ArrayLike,
+    steps: int = 100,
 ) -> tuple[Array, Array, Array]:
     """b next to the optimum, and what no other b can be below.
 
-    The dual: maximise y'x - (1 - level) y'1 over 0 <= x <= 1 with a'x = (1 - level) a'1; z and
-    w are what is left of the inequalities, z - w = a b - y. Portnoy and Koenker (1997).
+    The dual: maximise y'x - (1 - level) y'1 over 0 <= x <= 1 with a'x = (1 - level) a'1, less
+    what others pull; z and w are what is left of the inequalities, z - w = a b - y.
     """
     n = jnp.sum(kept)
-    right = (1 - level) * jnp.sum(a, axis=0)
+    right = (1 - level) * jnp.sum(a, axis=0) - others.pull
     # A row that is dropped takes no part: its x stays where it is.
     r = a @ start - y
     size = jnp.max(jnp.abs(r), where=kept, initial=0)
@@ -122,12 +227,11 @@ def _frisch_newton(
         sound = jnp.isfinite(gap) & (gap >= 0)
         return jax.tree.map(lambda v, u: jnp.where(sound, v, u), new, at._replace(gap=-at.gap))
 
-    eps = jnp.finfo(y.dtype).eps
     value = jnp.sum(_loss(-r, level))
 
     def goes_on(at: _Interior) -> Array:
         now = jnp.sum(_loss(y - a @ at.b, level))
-        small = at.gap <= eps * (now + eps * value)
+        small = at.gap <= tolerance * (now + tolerance * value)
         return ~small & (at.steps < steps) & (at.gap > 0)
 
     s = 1 - x
@@ -137,16 +241,14 @@ def _frisch_newton(
     return end.b, bound, end.steps
 
 
-class _Basis(NamedTuple):
-    rows: Array
-    b: Array
-    optimal: Array
-    unique: Array
-    steps: Array
-
-
 def _simplex(
-    a: Array, y: Array, kept: Array, level: Array, near: Array, steps: int = 200
+    a: Array,
+    y: Array,
+    kept: Array,
+    level: Array,
+    others: _Others,
+    near: Array,
+    steps: ArrayLike = 200,
 ) -> _Basis:
     """From the vertex next to `near`, along edges that lead down."""
     n, k = a.shape
@@ -173,8 +275,9 @@ def _simplex(
         e = jnp.where(met, 0, e)
         inside = jnp.zeros(n + k, bool).at[rows].set(True)
         pull = jnp.where(met, 0, jnp.where(e > 0, level, level - 1))
-        v = (a.T @ jnp.where(kept, pull, 0)) @ inverse
-        size = (jnp.abs(a).T @ jnp.where(kept, jnp.abs(pull), 0)) @ jnp.abs(inverse)
+        v = (a.T @ jnp.where(kept, pull, 0) + others.pull) @ inverse
+        size = jnp.abs(a).T @ jnp.where(kept, jnp.abs(pull), 0) + others.size
+        size = size @ jnp.abs(inverse)
         # Rows that are met by chance have a slope of their own to either side.
         chance = met & ~inside & kept
 

@@ -1,8 +1,8 @@
-"""M-estimates: Newton's steps while the loss bends upward at every row, reweighting where not.
+"""M-estimates: reweighted least squares until it is close, then Newton's method.
 
-Reweighted least squares cannot raise the objective at a fixed scale, whatever the loss, but
-comes closer by a constant factor only; Newton's method squares the distance. A step of Newton's
-that does not lower the objective is taken back, and one of reweighting follows.
+Reweighting cannot raise the objective at a fixed scale, whatever the loss, but comes closer by
+a constant factor only; Newton's method squares the distance. A step of Newton's that does not
+lower the objective is taken back, and one of reweighting follows.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from robustloss.linear._problem import Problem, gram, solve
-from robustloss.scale import mad
+from robustloss.linear._problem import Problem, gram, part, predictions, solve, sums
 from robustloss.views import curvature, influence, weight
 
 At = Callable[[Array], Callable[..., Array]]
 """The loss at a scale."""
+Spread = Callable[[Problem, Array], Array]
+"""The scale of residuals."""
+
+_MANY = 2**16  # rows, for which a part of them shows where to start
+_PART = 2**13
 
 
 class Estimate(NamedTuple):
@@ -35,16 +39,23 @@ class Estimate(NamedTuple):
 
 def least_squares(of: Problem) -> Array:
     """With one step of refinement."""
-    each = of.each()
-    normal = gram(of.q, each)
-    b = solve(normal, of.q.T @ (each * of.y))
-    return b + solve(normal, of.q.T @ (each * (of.y - of.q @ b)))
+
+    def right(q: Array, each: Array, y: Array) -> Array:
+        return q.T @ (each * y)
+
+    normal, of_y = sums(of, lambda q, each, y: (gram(q, each), right(q, each, y)), of.y)
+    b = solve(normal, of_y)
+    return b + solve(normal, sums(of, right, of.y - predictions(of, b)))
 
 
-def m_estimate(
-    of: Problem, loss: At, scale: Callable[[Array], Array], start: Array, steps: int = 500
-) -> Estimate:
-    """The b at which `q' psi(q b - y; s) = 0` with `s = scale(q b - y)`.
+def thinned(of: Problem) -> Problem | None:
+    """A part of the rows, if they are many: where a convex problem may start from."""
+    n = len(of.y)
+    return part(of, slice(None, None, n // _PART)) if n >= _MANY else None
+
+
+def m_estimate(of: Problem, loss: At, scale: Spread, start: Array, steps: int = 500) -> Estimate:
+    """The b at which `sum(psi(q b - y; s) q) = 0` with `s = scale(of, q b - y)`.
 
     `scale` must be positive. Converged means that a step moved neither b nor s by more than
     rounding can tell, in units of s.
@@ -52,7 +63,7 @@ def m_estimate(
     each = of.each()
     eps = jnp.finfo(of.y.dtype).eps
     tolerance = eps**0.75
-    noise = 4 * eps * mad(of.y, center=0.0, where=of.keep)  # of residuals
+    noise = 4 * eps * of.size  # of residuals
 
     def objective(s: Array, r: Array) -> Array:
         return jnp.sum(jnp.where(each > 0, each * loss(s)(r), 0))
@@ -62,34 +73,39 @@ def m_estimate(
         r: Array
         s: Array
         steps: Array
-        reweigh: Array
+        newton: Array
         rest: Array
 
     def step(at: State) -> State:
         here = loss(at.s)
-        bend = curvature(here, at.r)
-        newton = jnp.all((bend >= 0) | (each == 0)) & ~at.reweigh
-        pull = of.q.T @ (each * influence(here, at.r))
-        curve = jnp.where(newton, bend, weight(here, at.r))
-        move = solve(gram(of.q, jnp.where(each > 0, each * curve, 0)), pull)
+
+        def equations(q: Array, each: Array, r: Array) -> tuple[Array, Array]:
+            curve = lax.cond(at.newton, lambda r: curvature(here, r), lambda r: weight(here, r), r)
+            pull = q.T @ jnp.where(each > 0, each * influence(here, r), 0)
+            return gram(q, jnp.where(each > 0, each * curve, 0)), pull
+
+        move = solve(*sums(of, equations, at.r))
         b = at.b - move
-        r = of.q @ b - of.y
+        r = predictions(of, b) - of.y
         before, after = objective(at.s, at.r), objective(at.s, r)
         lower = after <= before + 64 * eps * jnp.abs(before)
-        taken = ~newton | lower
-        s = scale(r)
-        shift = jnp.maximum(jnp.max(jnp.abs(move)), jnp.abs(s - at.s))
-        rest = taken & (shift <= tolerance * s + noise)
-        new = State(b, r, s, at.steps + 1, jnp.asarray(False), rest)
-        old = at._replace(steps=at.steps + 1, reweigh=jnp.asarray(True))
+        taken = ~at.newton | lower
+        s = scale(of, r)
+        moved = jnp.max(jnp.abs(move))
+        rest = taken & (jnp.maximum(moved, jnp.abs(s - at.s)) <= tolerance * s + noise)
+        # From afar, a loss with several minima could be led from the nearest to another.
+        near = at.newton | convex | (moved <= 0.1 * s)
+        new = State(b, r, s, at.steps + 1, near, rest)
+        old = at._replace(steps=at.steps + 1, newton=jnp.asarray(False))
         return jax.tree.map(lambda x, y: jnp.where(taken, x, y), new, old)
 
     def goes_on(at: State) -> Array:
         return ~at.rest & (at.steps < steps) & jnp.all(jnp.isfinite(at.b))
 
-    r = of.q @ start - of.y
-    no = jnp.asarray(False)
-    begin = State(start, r, scale(r), jnp.int32(0), no, no)
+    r = predictions(of, start) - of.y
+    s = scale(of, r)
+    convex = jnp.all((curvature(loss(s), r) >= 0) | (each == 0))
+    begin = State(start, r, s, jnp.int32(0), convex, jnp.asarray(False))
     end = lax.while_loop(goes_on, step, begin)
     finite = jnp.all(jnp.isfinite(end.b)) & jnp.isfinite(end.s)
     return Estimate(end.b, end.s, end.r, end.rest & finite, end.steps)

@@ -1,0 +1,134 @@
+"""Which method, tuning and scale a loss gets."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.tree_util import Partial
+from jax.typing import ArrayLike
+
+from robustloss import scale as scales
+from robustloss.losses._elementwise import with_leaves
+from robustloss.losses.asymmetric import quantile
+from robustloss.losses.convex import absolute_error
+from robustloss.losses.redescending import tukey
+from robustloss.tuning import tune
+from robustloss.views import influence, weight
+
+Loss = Callable[..., Array]
+Scale = Callable[..., Array]
+
+METHODS = ("irls", "interior_point", "mm")
+
+
+def checked_method(loss: Loss, method: str | None) -> str:
+    if method is None:
+        if _base(loss) in (absolute_error, quantile):
+            return "interior_point"
+        law = redescends(loss)
+        if law is None:
+            raise ValueError("a loss with traced parameters does not tell its law: name the method")
+        method = "mm" if law else "irls"
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if method == "irls" and np.isinf(_weight_at_0(loss)):
+        raise ValueError(
+            'method="irls" cannot use a loss with a kink at 0, where its weight is infinite; '
+            'absolute_error and quantile have method="interior_point"'
+        )
+    return method
+
+
+def _base(loss: Loss) -> Loss:
+    return loss.func if isinstance(loss, partial) else loss
+
+
+def takes(loss: Loss, name: str) -> bool:
+    """Whether a function has a parameter that is not fixed yet."""
+    if isinstance(loss, partial) and name in loss.keywords:
+        return False
+    return name in inspect.signature(loss).parameters
+
+
+def redescends(loss: Loss) -> bool | None:
+    """Whether a residual of a million counts less than one of 1; None where traced."""
+    with jax.ensure_compile_time_eval():
+        try:
+            near, far = np.abs(np.asarray(influence(loss, jnp.asarray([0.5, 1e6]))))
+        except jax.errors.TracerArrayConversionError:
+            return None
+    return bool(far < 0.01 * near)
+
+
+def _weight_at_0(loss: Loss) -> float:
+    with jax.ensure_compile_time_eval():
+        try:
+            return float(weight(loss, jnp.asarray(0.0)))
+        except jax.errors.ConcretizationTypeError:
+            return 1.0
+
+
+def level(loss: Loss) -> ArrayLike:
+    """The quantile that a loss with a kink seeks."""
+    if _base(loss) is absolute_error:
+        return 0.5
+    if _base(loss) is not quantile:
+        raise ValueError('method="interior_point" is for absolute_error and quantile')
+    fixed = loss.keywords if isinstance(loss, partial) else {}
+    if "q" not in fixed:
+        raise ValueError("quantile needs its q: functools.partial(rl.quantile, q=0.9)")
+    return fixed["q"]
+
+
+def s_loss(loss: Loss) -> Partial:
+    """The loss of the S-estimate: the same if it has a bound, else Tukey's."""
+    if takes(loss, "delta"):
+        with jax.ensure_compile_time_eval():
+            bound = loss(jnp.asarray(jnp.inf))
+        if not isinstance(bound, jax.core.Tracer) and np.isfinite(bound):
+            return with_leaves(partial(loss, delta=tuned(loss, breakdown=0.5)))
+    if redescends(loss) is False:
+        raise ValueError('method="mm" is for losses whose influence returns to zero')
+    return with_leaves(partial(tukey, delta=tuned(tukey, breakdown=0.5)))
+
+
+def tuned(loss: Loss, **request: float) -> float:
+    """`tune` for 95 % efficiency, or as requested."""
+    request = request or {"efficiency": 0.95}
+    fixed = loss.keywords if isinstance(loss, partial) and not loss.args else {}
+    try:
+        hash(tuple(fixed.values()))
+    except TypeError:
+        return tune(loss, **request)
+    if isinstance(loss, partial) and loss.args:
+        return tune(loss, **request)
+    return _tuned_once(_base(loss), tuple(sorted(fixed.items())), tuple(request.items()))
+
+
+@lru_cache
+def _tuned_once(function: Loss, fixed: Any, request: Any) -> float:
+    return tune(partial(function, **dict(fixed)) if fixed else function, **dict(request))
+
+
+def residual_scale(
+    scale: str | Scale | ArrayLike, weighted: bool
+) -> tuple[Partial | None, ArrayLike]:
+    """A function as a pytree, or None and the number that is given instead."""
+    if not isinstance(scale, str) and not callable(scale):
+        return None, scale
+    if isinstance(scale, str):
+        named = [name for name in scales.__all__ if name.islower() and name != "location_scale"]
+        if scale not in named:
+            known = ", ".join(named)
+            raise ValueError(f"scale must be a number, a function or one of {known}, got {scale!r}")
+        scale = partial(scales.proposal2, k=1.345) if scale == "proposal2" else vars(scales)[scale]
+    if weighted and not takes(scale, "weights"):
+        raise ValueError(f"weights were given, but the scale {_base(scale).__name__} takes none")
+    return with_leaves(scale), 1.0
