@@ -1,9 +1,11 @@
-"""How fast are the losses, beside a plain copy of the array and beside optax?
+"""How fast are the losses beside a plain copy and optax, the fits beside scikit-learn and R?
 
 Times value and gradient of the mean over one large array, everything interleaved in one run,
 and compares medians: machines are noisy, and a ratio in one run is the only honest number. A
-copy reads and writes the array once, which is the least that a gradient can do. Also: the
-first call with its compilation, and what `import robustloss` adds to `import jax`.
+copy reads and writes the array once, which is the least that a gradient can do. Then linear
+fits, in float64, beside those of the peers that are installed (`pip install '.[peers]'`; R with
+quantreg and robustbase), how they grow with the number of rows, and the memory they need. Also:
+the first call with its compilation, and what `import robustloss` adds to `import jax`.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 import robustloss as rl
-from experiments import Progress, UsageError, _results
+from experiments import Progress, UsageError, _fit_speed, _results
+from experiments._fit_speed import Timing
 from experiments._losses import example
 
 PEERS = {
@@ -39,6 +42,16 @@ LIMITS = {  # of copy's time, of the peer's time
     "huber": (1.5, 0.55),
     "log_cosh": (None, 1.0),
 }
+FIT_LIMITS = {  # how many times faster than the peer, at the sizes of the default settings
+    "sklearn HuberRegressor": 3,
+    "statsmodels RLM": 30,
+    "sklearn, a loop": 50,
+    "sklearn QuantileRegressor": 200,
+    "R robustbase lmrob": 5,
+}
+ERROR_LIMIT = 1e-7  # of the exact answer
+GROWTH_LIMIT = 1.5  # times what a linear fit's time would be, from 1/100 of the rows
+MEMORY_LIMIT = 2.0  # times the data
 IMPORT_LIMIT = 0.1  # seconds
 
 
@@ -50,6 +63,10 @@ class Config:
     """Numbers in the array."""
     repeats: int = 21
     """Interleaved runs of which the median counts."""
+    rows: int = 1_000_000
+    """Of the fits that have many; 0 leaves the fits out."""
+    fit_repeats: int = 5
+    """Interleaved runs of the fits; a peer that takes more than 3 s is run once."""
     seed: int = 0
     """Of the random numbers."""
     out: Path | None = None
@@ -63,12 +80,17 @@ class Result(NamedTuple):
     first: dict[str, float]  # the first call, compilation included
     imports: float  # what `import robustloss` adds
     device: str
+    fits: dict[str, Timing]
+    growth: dict[int, float]  # seconds of a Huber fit by the number of rows
+    memory: float  # at its peak, in sizes of the data; 0 if not measured
 
 
 def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
     """Times everything in turn."""
-    if config.size < 1 or config.repeats < 1:
-        raise UsageError("--size and --repeats must be >= 1.")
+    if min(config.size, config.repeats, config.fit_repeats) < 1:
+        raise UsageError("--size, --repeats and --fit-repeats must be >= 1.")
+    if config.rows and config.rows < 10_000:
+        raise UsageError(f"--rows must be 0 or at least 10,000, got {config.rows}.")
     progress(0.0, "import")
     imports = _import_seconds()
     r = 3 * jax.random.normal(jax.random.key(config.seed), (config.size,), jnp.float32)
@@ -87,14 +109,33 @@ def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
     times: dict[str, list[float]] = {name: [] for name in cases}
     shuffle = np.random.default_rng(config.seed).permutation
     for repeat in range(config.repeats):
-        progress(0.3 + 0.7 * repeat / config.repeats, "time")
+        progress(0.2 + 0.2 * repeat / config.repeats, "time")
         for name in shuffle(list(compiled)):  # what runs next pays for freeing the last's memory
             f = compiled[name]
             begin = time.perf_counter()
             jax.block_until_ready(f(r))
             times[name].append(time.perf_counter() - begin)
     arrays = {name: np.array(seconds) for name, seconds in times.items()}
-    return Result(arrays, first, imports, jax.devices()[0].device_kind)
+    fits, growing, peak = _fits(config, progress) if config.rows else ({}, {}, 0.0)
+    return Result(arrays, first, imports, jax.devices()[0].device_kind, fits, growing, peak)
+
+
+def _fits(config: Config, progress: Progress) -> tuple[dict[str, Timing], dict[int, float], float]:
+    fits = {}
+    cases = _fit_speed.cases(config.rows)
+    for i, case in enumerate(cases):
+        progress(0.4 + 0.4 * i / len(cases), case.name)
+        fits[case.name] = _fit_speed.timed(case, config.fit_repeats)
+    sizes = [
+        size for size in (config.rows // 100, config.rows // 10, config.rows, 10 * config.rows)
+    ]
+    growing = {}
+    for rows, seconds in _fit_speed.growth(sizes, config.fit_repeats):
+        growing[rows] = seconds
+        progress(0.8 + 0.04 * len(growing), f"{rows:,} rows done")
+    progress(0.96, "memory")
+    on_cpu = jax.devices()[0].platform == "cpu" and sys.platform == "linux"
+    return fits, growing, _fit_speed.memory(4 * config.rows) if on_cpu else 0.0
 
 
 def check(result: Result) -> None:
@@ -107,6 +148,18 @@ def check(result: Result) -> None:
             ratio = _ratio(result, name, f"optax: {name}")
             assert ratio <= of_peer, f"{name} takes {ratio:.2f} times optax's, not {of_peer}"
     assert result.imports <= IMPORT_LIMIT, f"the import adds {result.imports:.2f} s"
+    for name, timing in result.fits.items():
+        for peer, seconds in timing.peers.items():
+            faster = np.median(seconds) / np.median(timing.ours)
+            limit = FIT_LIMITS.get(peer, 0)
+            assert faster >= limit, f"{name} is {faster:.1f} times as fast as {peer}, not {limit}"
+        if timing.error is not None:
+            assert timing.error <= ERROR_LIMIT, f"{name} is off by {timing.error:.1e}"
+    if result.growth:
+        first, *_, last = result.growth
+        ratio = result.growth[last] / result.growth[first] / (last / first)
+        assert ratio <= GROWTH_LIMIT, f"{ratio:.2f} times linear in the number of rows"
+        assert result.memory <= MEMORY_LIMIT, f"{result.memory:.2f} times the data in memory"
 
 
 def show(result: Result, console: Console) -> None:
@@ -122,15 +175,37 @@ def show(result: Result, console: Console) -> None:
             f"{result.first[name]:.2f}",
         )
     console.print(table)
+    if result.fits:
+        _show_fits(result, console)
     console.print(
         f"- On {result.device}; `import robustloss` adds {result.imports:.3f} s to `import jax`.",
         highlight=False,
     )
 
 
+def _show_fits(result: Result, console: Console) -> None:
+    table = Table("fit, float64", "s", "first call, s", "beside", "s", "times as fast")
+    for name, timing in result.fits.items():
+        ours = float(np.median(timing.ours))
+        peers = {peer: float(np.median(s)) for peer, s in timing.peers.items()} or {"": np.nan}
+        for i, (peer, seconds) in enumerate(peers.items()):
+            mine = ("", "", "") if i else (name, f"{ours:.3g}", f"{timing.first:.1f}")
+            beside = (peer, f"{seconds:.3g}", f"{seconds / ours:.0f}") if peer else ("", "", "")
+            table.add_row(*mine, *beside)
+    console.print(table)
+    grown = ", ".join(f"{seconds:.3g} s at {rows:,}" for rows, seconds in result.growth.items())
+    errors = [t.error for t in result.fits.values() if t.error is not None]
+    console.print(
+        f"- A Huber fit takes {grown} rows; off the exact answer by {max(errors):.1e} sd(y).\n"
+        f"- Its memory, the data included, peaks at {result.memory:.2f} times the data.",
+        highlight=False,
+    )
+
+
 def files(config: Config, result: Result) -> dict[str, bytes]:
     """What goes into the output folder."""
-    return {"result.json": _results.record(config, **result._asdict())}
+    fits = {name: timing._asdict() for name, timing in result.fits.items()}
+    return {"result.json": _results.record(config, **{**result._asdict(), "fits": fits})}
 
 
 def folder(config: Config) -> Path:

@@ -701,9 +701,9 @@ def _order(x: Array, w: Array | None, low: Any, high: Any) -> tuple[Array, Array
     # Below it by more than a subnormal number, which may count as 0.
     lower = lowest - jnp.maximum(jnp.abs(lowest), float(jnp.finfo(x.dtype).tiny))
     lower = jnp.where(lowest > -jnp.inf, lower, number(key(lowest) - 1))
-    start = lower, jnp.max(x, where=kept, initial=-jnp.inf)
+    highest = jnp.max(x, where=kept, initial=-jnp.inf)
     everything = _size(x, w)
-    start = *start, jnp.zeros_like(everything), everything, jnp.asarray(True)
+    start = lower, highest, jnp.zeros_like(everything), everything, jnp.asarray(True)
     there, *_ = lax.while_loop(lambda state: state[-1], meet, start)
     above = jnp.min(jnp.where((x > there) & kept, x, jnp.inf))
     following = jnp.where(_sum(w, x <= there) >= high, there, above)

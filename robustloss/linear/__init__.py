@@ -166,7 +166,7 @@ def _fit_linear(
         floor = 16 * jnp.finfo(y.dtype).eps * of.size
         floor = jnp.where(floor > 0, floor, jnp.finfo(y.dtype).tiny ** 0.5)
 
-        def spread(of: Problem, r: Array) -> Array:
+        def spread(of: Problem, r: Array, _: Array) -> Array:
             if of_residuals is None:
                 return given
             return jnp.maximum(_of_residuals(of_residuals, r, of), floor)
@@ -174,7 +174,7 @@ def _fit_linear(
         if method == "interior_point":
             vertex = quantile_fit(of, level)
             found = Estimate(
-                vertex.b, spread(of, vertex.residuals), vertex.residuals, vertex.converged,
+                vertex.b, spread(of, vertex.residuals, floor), vertex.residuals, vertex.converged,
                 vertex.steps,
             )  # fmt: skip
             covariance = inference.powell(of, level, vertex.residuals)
@@ -205,7 +205,7 @@ def _mm(of: Problem, at: At, chi: Partial, floor: Array, key: Array) -> tuple[Es
     share = jnp.maximum(0.5 * (1 - of.rank / n), 0.5 / n)
     initial = s_estimate(of, chi, share, floor, key)
     s = initial.scale
-    found = m_estimate(of, at, lambda of, r: s, initial.b)
+    found = m_estimate(of, at, lambda of, r, s: s, initial.b, s)
     # A scale of 0 leaves nothing to improve.
     exact = s <= floor
     found = jax.tree.map(lambda x, y: jnp.where(exact, y, x), found, initial)

@@ -18,7 +18,7 @@ from jax import Array, lax
 from robustloss.linear import _problem
 from robustloss.linear._problem import Problem, rows, solve
 from robustloss.linear.irls import Estimate, m_estimate
-from robustloss.scale import m_scale, smallest
+from robustloss.scale import smallest
 from robustloss.views import weight
 
 Loss = Callable[..., Array]
@@ -86,18 +86,34 @@ def s_estimate(of: Problem, loss: Loss, share: Array, floor: Array, key: Array) 
     uniform = jax.random.uniform(draw, (groups, _SUBSETS // groups, k), of.y.dtype)
     found = jax.vmap(of_group)(dealt, uniform)
     found = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
-    at = best(_LAST, steps(30, all_q, all_y, each / jnp.sum(each), found))
+    # If those are all the rows, to the end; minima that lie close together are told apart then.
+    count, close = (30, 1e-3) if groups == 1 else (10, 1e-2)
+    found = steps(count, all_q, all_y, each / jnp.sum(each), found)
+    b, s = best(_LAST, _distinct(best(_FINALISTS, found), close))
 
-    def scale(of: Problem, r: Array) -> Array:
-        s = m_scale(r, loss, breakdown=share, center=0.0, where=of.keep, weights=of.w)
-        return jnp.maximum(s, floor)
+    def closer(of: Problem, r: Array, s: Array) -> Array:
+        """Newton's step towards the M-scale, in its logarithm."""
+        w = of.each()
+        rho, slope = jax.jvp(loss, (r / s,), (r / s,))
+        above = jnp.sum(jnp.where(w > 0, w * rho, 0)) - target * jnp.sum(w)
+        slope = jnp.sum(jnp.where(w > 0, w * slope, 0))
+        slope = jnp.maximum(slope, jnp.finfo(r.dtype).tiny)
+        return jnp.maximum(s * jnp.exp(jnp.clip(above / slope, -1, 1)), floor)
 
     def at_scale(s: Array) -> Loss:
         return lambda r: s * (s * loss(r / s))
 
-    ends = lax.map(partial(m_estimate, of, at_scale, scale), at[0])
+    ends = lax.map(lambda at: m_estimate(of, at_scale, closer, *at), (b, s))
     lowest = jnp.argmin(jnp.where(jnp.isnan(ends.scale), jnp.inf, ends.scale))
     return jax.tree.map(lambda x: x[lowest], ends)
+
+
+def _distinct(at: Starts, close: float) -> Starts:
+    """NaN and an infinite scale for what is where one of those before is."""
+    b, s = at
+    near = jnp.max(jnp.abs(b[:, None] - b), axis=-1) <= close * s
+    again = jnp.any(jnp.tril(near, -1), axis=1)
+    return jnp.where(again[:, None], jnp.nan, b), jnp.where(again, jnp.inf, s)
 
 
 def _rough_median(x: Array, w: Array) -> Array:

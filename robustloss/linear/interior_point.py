@@ -63,9 +63,10 @@ def quantile_fit(of: Problem, level: Array) -> Vertex:
     each = of.each()
     unit = jnp.max(each)
     each = each / jnp.where(unit > 0, unit, 1)
-    tolerance = jnp.finfo(of.y.dtype).eps
+    tolerance = float(jnp.finfo(of.y.dtype).eps)
     if n < _MANY:
-        nobody = _Others(*jnp.zeros((2, k), of.y.dtype), jnp.zeros((), of.y.dtype))
+        zero = jnp.zeros(k, of.y.dtype)
+        nobody = _Others(zero, zero, jnp.zeros_like(of.size))
         a, y = each[:, None] * rows(of), each * of.y
         b, bound, taken = _frisch_newton(
             a, y, each > 0, level, nobody, least_squares(of), tolerance
@@ -102,7 +103,7 @@ def _in_rounds(
         distance = jnp.where(each > 0, jnp.abs(residuals), jnp.inf)
         near = (distance <= smallest(distance, count)) & (each > 0)
         (which,) = jnp.nonzero(near, size=count, fill_value=n)
-        return which, (each > 0).at[which].set(False, mode="drop")
+        return which.astype(jnp.int32), (each > 0).at[which].set(False, mode="drop")
 
     def pulls(q: Array, each: Array, side: Array, y: Array) -> _Others:
         pull = side * each
@@ -111,7 +112,7 @@ def _in_rounds(
     def round(at: State) -> State:
         first = at.rounds == 0
         which, out = nearest(at.residuals)
-        which = jnp.where(first, jnp.arange(count) * (n // count), which)
+        which = jnp.where(first, jnp.arange(count, dtype=jnp.int32) * (n // count), which)
         side = jnp.where(at.residuals >= 0, level, level - 1)
         pull = jnp.where(out & ~first, side * each, 0)
         others = sums(of, pulls, pull, of.y)
@@ -308,8 +309,8 @@ def _simplex(
     )
     slopes, noise, b, inverse, e = edges(rows)
     # An edge that is level and not of length 0 leads to other optima.
-    others = kept & (e == 0) & ~jnp.zeros(n + k, bool).at[rows].set(True)
-    blocked = jnp.any(others[:, None] & (jnp.abs(a @ inverse) > eps), axis=0)
+    chance = kept & (e == 0) & ~jnp.zeros(n + k, bool).at[rows].set(True)
+    blocked = jnp.any(chance[:, None] & (jnp.abs(a @ inverse) > eps), axis=0)
     level_edges = (jnp.abs(slopes) <= noise) & ~blocked
     unique = ~jnp.any(level_edges)
     return _Basis(jnp.where(rows < n, rows, n), b, rest, unique, taken)

@@ -19,8 +19,8 @@ from robustloss.views import curvature, influence, weight
 
 At = Callable[[Array], Callable[..., Array]]
 """The loss at a scale."""
-Spread = Callable[[Problem, Array], Array]
-"""The scale of residuals."""
+Spread = Callable[[Problem, Array, Array], Array]
+"""The scale of residuals, or what comes closer to it than the last one."""
 
 _MANY = 2**16  # rows, for which a part of them shows where to start
 _PART = 2**13
@@ -54,10 +54,12 @@ def thinned(of: Problem) -> Problem | None:
     return part(of, slice(None, None, n // _PART)) if n >= _MANY else None
 
 
-def m_estimate(of: Problem, loss: At, scale: Spread, start: Array, steps: int = 500) -> Estimate:
-    """The b at which `sum(psi(q b - y; s) q) = 0` with `s = scale(of, q b - y)`.
+def m_estimate(
+    of: Problem, loss: At, spread: Spread, start: Array, s: Array | None = None, steps: int = 500
+) -> Estimate:
+    """The b at which `sum(psi(q b - y; s) q) = 0` with `s = spread(of, q b - y, s)`.
 
-    `scale` must be positive. Converged means that a step moved neither b nor s by more than
+    `spread` must be positive. Converged means that a step moved neither b nor s by more than
     rounding can tell, in units of s.
     """
     each = of.each()
@@ -90,7 +92,7 @@ def m_estimate(of: Problem, loss: At, scale: Spread, start: Array, steps: int = 
         before, after = objective(at.s, at.r), objective(at.s, r)
         lower = after <= before + 64 * eps * jnp.abs(before)
         taken = ~at.newton | lower
-        s = scale(of, r)
+        s = spread(of, r, at.s)
         moved = jnp.max(jnp.abs(move))
         rest = taken & (jnp.maximum(moved, jnp.abs(s - at.s)) <= tolerance * s + noise)
         # From afar, a loss with several minima could be led from the nearest to another.
@@ -103,7 +105,7 @@ def m_estimate(of: Problem, loss: At, scale: Spread, start: Array, steps: int = 
         return ~at.rest & (at.steps < steps) & jnp.all(jnp.isfinite(at.b))
 
     r = predictions(of, start) - of.y
-    s = scale(of, r)
+    s = spread(of, r, of.size if s is None else s)
     convex = jnp.all((curvature(loss(s), r) >= 0) | (each == 0))
     begin = State(start, r, s, jnp.int32(0), convex, jnp.asarray(False))
     end = lax.while_loop(goes_on, step, begin)

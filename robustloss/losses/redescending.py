@@ -423,7 +423,7 @@ def _andrews(r: Array, delta: Array) -> Array:
 @with_partials(lambda r, d: _andrews_bend(r, d), lambda r, d: _andrews_mixed(r, d))
 def _andrews_slope(r: Array, delta: Array) -> Array:
     delta = finite(delta, 4)
-    return _arc(_inside(r, math.pi * delta), delta)
+    return _arc(_before(r, math.pi * delta), delta)
 
 
 @with_partials(
@@ -432,7 +432,7 @@ def _andrews_slope(r: Array, delta: Array) -> Array:
 )
 def _andrews_bend(r: Array, delta: Array) -> Array:
     delta = finite(delta, 4)
-    return jnp.where(jnp.abs(r) > math.pi * delta, 0.0, jnp.cos(_wave(r, delta)))
+    return jnp.where(jnp.abs(r) >= math.pi * delta, 0.0, jnp.cos(_wave(r, delta)))
 
 
 def _andrews_mixed(r: Array, delta: Array) -> Array:
@@ -449,7 +449,7 @@ def _andrews_delta(r: Array, delta: Array) -> Array:
     held = jnp.where(jnp.abs(u) > 1, 1.0, u)
     near = held**4 * polynomial(held * held, _BY_DELTA)
     g = jnp.where(jnp.abs(u) > 1, 2 * (1 - jnp.cos(u)) - u * jnp.sin(u), near)
-    return finite(delta) * jnp.where(jnp.abs(r) > math.pi * finite(delta, 4), 4.0, g)
+    return finite(delta) * jnp.where(jnp.abs(r) >= math.pi * finite(delta, 4), 4.0, g)
 
 
 def _arc(r: Array, delta: Array) -> Array:
@@ -461,9 +461,9 @@ def _arc(r: Array, delta: Array) -> Array:
 
 
 def _wave(r: Array, delta: Array) -> Array:
-    """r / delta up to pi and 0 beyond."""
+    """r / delta up to pi and 0 from there on."""
     delta = finite(delta, 4)
-    return _inside(r, math.pi * delta) / delta
+    return _before(r, math.pi * delta) / delta
 
 
 _VALUE = tuple((-1.0) ** k * 2 / math.factorial(2 * k + 2) for k in range(13))
@@ -613,3 +613,8 @@ def _at_most(a: Array, top: Array) -> Array:
 def _inside(r: Array, edge: Array) -> Array:
     """r up to |r| = edge and 0 beyond."""
     return jnp.where(jnp.abs(r) > edge, 0.0, r) + flat(r + edge)
+
+
+def _before(r: Array, edge: Array) -> Array:
+    """r up to |r| = edge and 0 from there on: pi rounded may lie beyond pi, with a sine below 0."""
+    return jnp.where(jnp.abs(r) >= edge, 0.0, r) + flat(r + edge)

@@ -1,0 +1,230 @@
+"""The fits' part of `speed`: robustloss beside scikit-learn, statsmodels and R, where installed.
+
+Every pair fits the same data to the same model in the same run, in float64. What R does is timed
+by R. A peer that takes long is timed once.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import robustloss as rl
+
+COLUMNS = 10
+LONG = 3.0  # seconds
+
+
+class Case(NamedTuple):
+    """One task."""
+
+    name: str
+    rows: int
+    fit: Callable[[np.ndarray, np.ndarray], rl.LinearFit]
+    peers: dict[str, Callable[[np.ndarray, np.ndarray], float]]
+    """what each is called, and a function that returns its seconds"""
+    error: Callable[[np.ndarray, np.ndarray, rl.LinearFit], float] | None = None
+
+
+class Timing(NamedTuple):
+    """Seconds of one task."""
+
+    first: float
+    ours: list[float]
+    peers: dict[str, list[float]]
+    error: float | None
+
+
+def data(rows: int, columns: int = COLUMNS, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Student's t noise of 3 degrees of freedom, and a tenth of the rows far above."""
+    random = np.random.default_rng(seed)
+    X = random.normal(size=(rows, columns))
+    y = X @ np.arange(1, columns + 1) / columns + 1 + random.standard_t(3, rows)
+    y[: rows // 10] += 20
+    return X, y
+
+
+def cases(rows: int) -> list[Case]:
+    """What is compared; `rows` is what stands for many."""
+    few = min(10_000, rows)
+    return [
+        Case(
+            f"Huber with MAD, {rows:,} x {COLUMNS}", rows, rl.fit_linear,
+            _installed(
+                {"sklearn HuberRegressor": (_sklearn_huber, "sklearn"),
+                 "statsmodels RLM": (_statsmodels_rlm, "statsmodels")}
+            ),
+            huber_error,
+        ),
+        Case(
+            "Huber with MAD, 1,000 fits of 100 x 5 in one call", 0, _many,
+            _installed({"sklearn, a loop": (_sklearn_loop, "sklearn")}),
+        ),
+        Case(
+            f"MAE, {few:,} x {COLUMNS}", few, partial(rl.fit_linear, loss=rl.absolute_error),
+            _installed({"sklearn QuantileRegressor": (_sklearn_quantile, "sklearn")})
+            | _r("R quantreg rq.fit.fnb", "quantreg", "rq.fit.fnb(cbind(1, X), y)"),
+        ),
+        Case(
+            f"MAE, {rows:,} x {COLUMNS}", rows, partial(rl.fit_linear, loss=rl.absolute_error),
+            _r("R quantreg rq.fit.fnb", "quantreg", "rq.fit.fnb(cbind(1, X), y)"),
+        ),
+        Case(
+            f"MM, {few:,} x {COLUMNS}", few, partial(rl.fit_linear, loss=rl.tukey),
+            _r("R robustbase lmrob", "robustbase", "lmrob.fit(cbind(1, X), y, lmrob.control())"),
+        ),
+    ]  # fmt: skip
+
+
+def timed(case: Case, repeats: int) -> Timing:
+    """Ours and the peers' in turn."""
+    X, y = data(case.rows) if case.rows else data(100_000, 5)
+    with jax.enable_x64(True):
+        device = jnp.asarray(X), jnp.asarray(y)
+        fit = jax.jit(case.fit) if case.rows == 0 else case.fit
+        begin = time.perf_counter()
+        found = jax.block_until_ready(fit(*device))
+        first = time.perf_counter() - begin
+        ours: list[float] = []
+        peers: dict[str, list[float]] = {name: [] for name in case.peers}
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            found = jax.block_until_ready(fit(*device))
+            ours.append(time.perf_counter() - begin)
+            for name, peer in case.peers.items():
+                if not peers[name] or np.median(peers[name]) < LONG:
+                    peers[name].append(peer(X, y))
+        assert bool(jnp.all(found.converged)), case.name
+    return Timing(first, ours, peers, case.error(X, y, found) if case.error else None)
+
+
+def growth(sizes: list[int], repeats: int) -> Iterator[tuple[int, float]]:
+    """Seconds of a Huber fit at each number of rows."""
+    with jax.enable_x64(True):
+        for rows in sizes:
+            X, y = map(jnp.asarray, data(rows))
+            jax.block_until_ready(rl.fit_linear(X, y))
+            seconds = []
+            for _ in range(repeats):
+                begin = time.perf_counter()
+                jax.block_until_ready(rl.fit_linear(X, y))
+                seconds.append(time.perf_counter() - begin)
+            yield rows, float(np.median(seconds))
+
+
+def memory(rows: int) -> float:
+    """The memory at its peak during a Huber fit, the data included, in sizes of the data."""
+    script = f"""
+import jax
+jax.config.update("jax_enable_x64", True)
+import jax.numpy as jnp, robustloss as rl
+def status(name):
+    return 1024 * next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(name))
+X = jax.random.normal(jax.random.key(0), (1000, {COLUMNS}))
+rl.fit_linear(X, X[:, 0])
+X = jnp.zeros(({rows}, {COLUMNS}))
+for i in range({COLUMNS}):
+    X = jax.jit(lambda X, i: X.at[:, i].set(jax.random.normal(jax.random.key(i), len(X))),
+                donate_argnums=0)(X, i)
+y = X @ jnp.ones({COLUMNS}) + jax.random.normal(jax.random.key(99), {rows})
+size = X.nbytes + y.nbytes
+before = status("VmRSS") - size
+open("/proc/self/clear_refs", "w").write("5")  # VmHWM counts from here
+jax.block_until_ready(rl.fit_linear(X, y))
+print((status("VmHWM") - before) / size)
+"""
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return float(out.stdout)
+
+
+def huber_error(X: np.ndarray, y: np.ndarray, found: rl.LinearFit) -> float:
+    """How far Newton's step in NumPy is from 0: the distance to the exact answer, over sd(y)."""
+    A = np.c_[np.ones(len(y)), X]
+    r = y - A @ np.r_[found.intercept, found.coefficients]
+    s = np.median(np.abs(r)) / 0.6744897501960817
+    k = rl.tune(rl.huber, efficiency=0.95) * s
+    inside = A[np.abs(r) <= k]
+    step = np.linalg.solve(inside.T @ inside, A.T @ np.clip(r, -k, k))
+    return float(np.max(np.abs(step)) / np.std(y))
+
+
+def _many(X: jax.Array, y: jax.Array) -> rl.LinearFit:
+    return jax.vmap(rl.fit_linear)(X.reshape(1000, 100, 5), y.reshape(1000, 100))
+
+
+def _installed(peers: dict[str, tuple[Callable[..., float], str]]) -> dict[str, Callable]:
+    return {n: f for n, (f, package) in peers.items() if importlib.util.find_spec(package)}
+
+
+def _seconds(f: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        f()
+    return time.perf_counter() - begin
+
+
+def _sklearn_huber(X: np.ndarray, y: np.ndarray) -> float:
+    from sklearn.linear_model import HuberRegressor  # noqa: PLC0415
+
+    return _seconds(lambda: HuberRegressor(epsilon=1.345, alpha=0.0).fit(X, y))
+
+
+def _sklearn_loop(X: np.ndarray, y: np.ndarray) -> float:
+    from sklearn.linear_model import HuberRegressor  # noqa: PLC0415
+
+    pairs = list(zip(X.reshape(1000, 100, 5), y.reshape(1000, 100), strict=True))
+    return _seconds(lambda: [HuberRegressor(epsilon=1.345, alpha=0.0).fit(*one) for one in pairs])
+
+
+def _sklearn_quantile(X: np.ndarray, y: np.ndarray) -> float:
+    from sklearn.linear_model import QuantileRegressor  # noqa: PLC0415
+
+    return _seconds(lambda: QuantileRegressor(alpha=0.0).fit(X, y))
+
+
+def _statsmodels_rlm(X: np.ndarray, y: np.ndarray) -> float:
+    from statsmodels.robust.norms import HuberT  # noqa: PLC0415
+    from statsmodels.robust.robust_linear_model import RLM  # noqa: PLC0415
+
+    A = np.c_[np.ones(len(y)), X]
+    return _seconds(lambda: RLM(y, A, M=HuberT()).fit())
+
+
+def _r(name: str, package: str, call: str) -> dict[str, Callable[..., float]]:
+    """The peer, if R has this package."""
+    program = shutil.which("Rscript")
+    if program is None:
+        return {}
+    asked = [program, "-e", f"quit(status = !requireNamespace('{package}', quietly = TRUE))"]
+    if subprocess.run(asked, capture_output=True, check=False).returncode:
+        return {}
+
+    def peer(X: np.ndarray, y: np.ndarray) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            np.ascontiguousarray(np.c_[X, y].T).tofile(file := Path(folder) / "data")
+            script = (
+                f"suppressMessages(library({package}));"
+                f"d <- matrix(readBin('{file}', 'double', {X.size + y.size}), nrow = {len(y)},"
+                f" byrow = FALSE);"
+                f"X <- d[, 1:{X.shape[1]}]; y <- d[, {X.shape[1] + 1}];"
+                f"cat(system.time({call})[3])"
+            )
+            command = [str(program), "-e", script]
+            out = subprocess.run(command, capture_output=True, text=True, check=True)
+        return float(out.stdout)
+
+    return {name: peer}

@@ -1,0 +1,194 @@
+"""Why does the start, and not the optimiser, make a fit robust?
+
+Tukey's loss on the stars of the cluster CYG OB1, four of which are giants: how many minima there
+are, which one each of many starts ends in, and where the S-estimate leads. Every fit is solved to
+the last digit; they differ in nothing but where they began.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+import robustloss as rl
+from experiments import Progress, UsageError, _plotting, _results
+from experiments.data import load
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of `start`."""
+
+    starts: int = 500
+    """Lines through two stars drawn at random, each a start."""
+    seed: int = 0
+    """Of the random numbers."""
+    out: Path | None = None
+    """Where to write; results/start by default."""
+    plots: bool = True
+    """Draw the picture."""
+
+
+class Result(NamedTuple):
+    """What was found. Lines are intercept and slope."""
+
+    x: np.ndarray
+    y: np.ndarray
+    lines: dict[str, np.ndarray]  # by how it was found
+    minima: np.ndarray  # the lines in which starts ended, the lowest first
+    objectives: np.ndarray  # of these, in units of the S scale squared
+    shares: np.ndarray  # of the starts that ended there
+    scale: float
+    path: np.ndarray  # the objective on the way from Tukey's fit from least squares to the MM fit
+
+
+def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
+    """Fits from everywhere."""
+    if config.starts < 2:
+        raise UsageError(f"--starts must be >= 2, got {config.starts}.")
+    stars = load("starsCYG")
+    progress(0.1, "compile")
+    with jax.enable_x64(True):
+        X, y = jnp.asarray(stars.X, float), jnp.asarray(stars.y, float)
+        mm = rl.fit_linear(X, y, rl.tukey)
+        least = rl.fit_linear(X, y, lambda r: 0.5 * rl.squared_error(r), scale=1.0)
+        at_scale = partial(rl.fit_linear, X, y, rl.tukey, method="irls", scale=mm.scale)
+        fits = {
+            "least squares": least,
+            "Huber": rl.fit_linear(X, y),
+            "Tukey, from least squares": at_scale(start=_line(least)),
+            "MM: Tukey, from the S-estimate": mm,
+        }
+        progress(0.6, f"{config.starts} starts")
+        pairs = _pairs(config, np.asarray(X[:, 0]))
+        slopes = (y[pairs[:, 1]] - y[pairs[:, 0]]) / (X[pairs[:, 1], 0] - X[pairs[:, 0], 0])
+        starts = jnp.stack([y[pairs[:, 0]] - slopes * X[pairs[:, 0], 0], slopes], axis=1)
+        ends = jax.vmap(lambda start: at_scale(start=start))(starts)
+        lines = np.asarray(jax.vmap(_line)(ends))[np.asarray(ends.converged)]
+
+        @jax.vmap
+        def objective(line: jax.Array) -> jax.Array:
+            loss = partial(rl.tukey, delta=rl.tune(rl.tukey, efficiency=0.95))
+            return rl.total(loss, (line[0] + line[1] * X[:, 0] - y) / mm.scale)
+
+        minima, counts = np.unique(lines.round(6), axis=0, return_counts=True)
+        order = np.argsort(objective(minima))
+        minima, counts = minima[order], counts[order]
+        t = jnp.linspace(-0.3, 1.3, 321)[:, None]
+        tilted, robust = _line(fits["Tukey, from least squares"]), _line(mm)
+        path = objective(tilted + t * (robust - tilted))
+        return Result(
+            np.asarray(X[:, 0]),
+            np.asarray(y),
+            {name: np.asarray(_line(fit)) for name, fit in fits.items()},
+            minima,
+            np.asarray(objective(minima)),
+            counts / config.starts,
+            float(mm.scale),
+            np.c_[t, path],
+        )
+
+
+def check(result: Result) -> None:
+    """One loss, one data set, two answers, and only the start tells which."""
+    from_ls = result.lines["Tukey, from least squares"]
+    mm = result.lines["MM: Tukey, from the S-estimate"]
+    assert len(result.minima) >= 2, "there is but one minimum"
+    for name, line in (("least squares", from_ls), ("the S-estimate", mm)):
+        off = np.min(np.max(np.abs(result.minima - line), axis=1))
+        assert off < 1e-4, f"no other start ended where that from {name} did"
+    assert from_ls[1] < 0 < mm[1], "from least squares, the giants do not decide"
+    assert result.shares.sum() > 0.95, "fits from random starts did not converge"
+
+
+def show(result: Result, console: Console) -> None:
+    """The tables and the finding."""
+    table = Table("fit", "intercept", "slope")
+    for name, line in result.lines.items():
+        table.add_row(name, *[f"{v:.3f}" for v in line])
+    console.print(table)
+    table = Table(
+        "minimum of Tukey's loss", "intercept", "slope", "objective", "starts that end here"
+    )
+    for i, (line, value, share) in enumerate(
+        zip(result.minima, result.objectives, result.shares, strict=True)
+    ):
+        table.add_row(str(i + 1), *[f"{v:.3f}" for v in line], f"{value:.2f}", f"{share:.1%}")
+    console.print(table)
+    console.print(
+        "- Each of these is a solution to the last digit. From least squares, which the giants "
+        "have tilted, Tukey's loss keeps them and rejects none; from the S-estimate it rejects "
+        "them. No optimiser can tell which is meant, and the lowest need not be the robust one: "
+        "the start has to be.",
+        highlight=False,
+    )
+
+
+def files(config: Config, result: Result) -> dict[str, bytes]:
+    """What goes into the output folder."""
+    written = {"result.json": _results.record(config, **result._asdict())}
+    if config.plots:
+        written["start.png"] = _results.picture(plot(result))
+    return written
+
+
+def folder(config: Config) -> Path:
+    """Where the results go."""
+    return config.out or Path("results") / "start"
+
+
+def plot(result: Result) -> Figure:
+    """The stars with the lines, and the objective between the two minima."""
+    with mpl.rc_context(_plotting.STYLE):
+        figure = Figure(figsize=(10, 4.4))
+        left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+        giants = result.x < 3.6
+        left.plot(result.x[~giants], result.y[~giants], "o", color="#999999", ms=5)
+        left.plot(result.x[giants], result.y[giants], "*", color="black", ms=11, label="giants")
+        ends = np.array([result.x.min() - 0.05, result.x.max() + 0.05])
+        for i, (name, (intercept, slope)) in enumerate(result.lines.items()):
+            left.plot(
+                ends, intercept + slope * ends, **_plotting.style((7, 1, 0, 2)[i]), lw=2, label=name
+            )
+        left.set_ylim(result.y.min() - 0.6, result.y.max() + 1.9)
+        left.invert_xaxis()
+        left.set_xlabel("log temperature (hot stars on the left)")
+        left.set_ylabel("log light intensity")
+        left.set_title("One loss, two answers")
+        left.legend(loc="upper center", ncols=2, fontsize=9)
+
+        t, value = result.path.T
+        right.plot(t, value, color="black", lw=2)
+        for at, i, name in ((0.0, 0, "from least squares"), (1.0, 2, "from the S-estimate")):
+            color = _plotting.style(i)["color"]
+            right.plot(at, np.interp(at, t, value), "o", color=color, ms=9)
+            right.annotate(
+                name, (at, np.interp(at, t, value)), (0, -16), textcoords="offset points",
+                ha="center", fontsize=10,
+            )  # fmt: skip
+        right.set_ylim(value.min() - 0.18 * np.ptp(value), None)
+        right.set_xlabel("from one fit to the other")
+        right.set_ylabel("Tukey's loss at the S scale")
+        right.set_title("A hill lies between them")
+    return figure
+
+
+def _line(fit: rl.LinearFit) -> jax.Array:
+    return jnp.append(fit.intercept, fit.coefficients)
+
+
+def _pairs(config: Config, x: np.ndarray) -> np.ndarray:
+    """Two stars each, of different temperatures."""
+    random = np.random.default_rng(config.seed)
+    pairs = random.integers(0, len(x), (50 * config.starts, 2))
+    return pairs[x[pairs[:, 0]] != x[pairs[:, 1]]][: config.starts]
