@@ -2,8 +2,9 @@
 
 That has many local minima, and what makes the fit robust is the one it starts from. Fast-S
 (Salibian-Barrera and Yohai 2006) draws many subsets of as few rows as determine a fit: some are
-free of outliers, whatever the rest is. Each takes a few steps of reweighting on a small group of
-the rows, the best of each group some more on all groups together, the best of these on all rows.
+free of outliers, whatever the rest is. Each takes two steps of reweighting on a small group of the
+rows; the best of each group go to their minimum on all groups together, and those of these that
+differ to theirs on all rows.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from robustloss.linear import _problem
-from robustloss.linear._problem import Problem, rows, solve
+from robustloss.linear._problem import Problem, part, predictions, rows, solve
 from robustloss.linear.irls import Estimate, m_estimate
 from robustloss.scale import smallest
 from robustloss.views import weight
@@ -27,8 +27,8 @@ Starts = tuple[Array, Array]  # coefficients and scales, a row for each
 _SUBSETS = 1000
 _GROUPS = 5
 _ROWS = 400  # in a group, or 20 for each coefficient
-_FINALISTS = 50  # go on to all groups
-_LAST = 5  # and to the last digit
+_FINALISTS = 50  # of all groups
+_LAST = 5  # go on to all rows
 
 
 def s_estimate(of: Problem, loss: Loss, share: Array, floor: Array, key: Array) -> Estimate:
@@ -37,59 +37,7 @@ def s_estimate(of: Problem, loss: Loss, share: Array, floor: Array, key: Array) 
     The scale is at least `floor`, which is what rounding makes of 0.
     """
     n, k = len(of.y), len(of.constants)
-    draw, order = jax.random.split(key)
-    # Far above what rounding leaves of a residual that is 0.
-    tiny = floor / jnp.finfo(of.y.dtype).eps ** 0.5
     target = share * loss(jnp.full((), jnp.inf, of.y.dtype))
-
-    def steps(count: int, q: Array, y: Array, w: Array, at: Starts) -> Starts:
-        """Of reweighting, each with a step of the scale, from many starts at once."""
-        squares = (q[:, :, None] * q[:, None, :]).reshape(-1, k * k)
-
-        def nearer(s: Array, r: Array) -> Array:
-            exact = (jnp.abs(r) > tiny) @ w <= share
-            return jnp.where(exact, tiny, s * jnp.sqrt(loss(r / s[:, None]) @ w / target))
-
-        def step(_: Array, at: Starts) -> Starts:
-            b, s = at
-            r = b @ q.T - y
-            s = nearer(s, r)
-            pull = w * weight(loss, r / s[:, None])
-            grams = (pull @ squares).reshape(-1, k, k)
-            return jax.vmap(solve)(grams, (pull * y) @ q), s
-
-        b, s = lax.fori_loop(0, count, step, at)
-        r = b @ q.T - y
-        s = lax.fori_loop(0, 4, lambda _, s: nearer(s, r), s)
-        return b, jnp.where(jnp.all(jnp.isfinite(b), axis=1) & (s > 0), s, jnp.inf)
-
-    def best(count: int, at: Starts) -> Starts:
-        _, first = lax.top_k(-at[1], count)
-        return at[0][first], at[1][first]
-
-    def of_group(rows: Array, uniform: Array) -> Starts:
-        q, y, w = all_q[rows], all_y[rows], each[rows]
-        w, size = w / jnp.sum(w), jnp.sum(w > 0)
-        b = jax.vmap(partial(_subset, q, y, size))(uniform)
-        s = jnp.maximum(1.5 * _rough_median(jnp.abs(b @ q.T - y), w), tiny)
-        return best(_FINALISTS // groups, steps(2, q, y, w, (b, s)))
-
-    size = max(_ROWS, 20 * k)
-    groups = _GROUPS if n > _GROUPS * size else 1
-    taken = min(n, _GROUPS * size)
-    luck = jnp.where(of.each() > 0, jax.random.uniform(order, (n,)), jnp.inf)
-    chosen = jnp.isfinite(luck) & (luck <= smallest(luck, taken) if taken < n else True)
-    # Those that count come first.
-    sample = _problem.part(of, jnp.nonzero(chosen, size=taken, fill_value=n)[0])
-    all_q, all_y, each = rows(sample), sample.y, sample.each()
-    dealt = jnp.arange(taken).reshape(-1, groups).T
-    uniform = jax.random.uniform(draw, (groups, _SUBSETS // groups, k), of.y.dtype)
-    found = jax.vmap(of_group)(dealt, uniform)
-    found = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
-    # If those are all the rows, to the end; minima that lie close together are told apart then.
-    count, close = (30, 1e-3) if groups == 1 else (10, 1e-2)
-    found = steps(count, all_q, all_y, each / jnp.sum(each), found)
-    b, s = best(_LAST, _distinct(best(_FINALISTS, found), close))
 
     def closer(of: Problem, r: Array, s: Array) -> Array:
         """Newton's step towards the M-scale, in its logarithm."""
@@ -103,17 +51,74 @@ def s_estimate(of: Problem, loss: Loss, share: Array, floor: Array, key: Array) 
     def at_scale(s: Array) -> Loss:
         return lambda r: s * (s * loss(r / s))
 
-    ends = lax.map(lambda at: m_estimate(of, at_scale, closer, *at), (b, s))
+    def minimum(of: Problem, at: Starts) -> Estimate:
+        return m_estimate(of, at_scale, closer, *at, steps=100)
+
+    draw, order = jax.random.split(key)
+    size = max(_ROWS, 20 * k)
+    groups = _GROUPS if n > _GROUPS * size else 1
+    taken = min(n, _GROUPS * size)
+    luck = jnp.where(of.each() > 0, jax.random.uniform(order, (n,)), jnp.inf)
+    chosen = jnp.isfinite(luck) & (luck <= smallest(luck, taken) if taken < n else True)
+    # Those that count come first.
+    sample = part(of, jnp.nonzero(chosen, size=taken, fill_value=n)[0])
+    uniform = jax.random.uniform(draw, (groups, _SUBSETS // groups, k), of.y.dtype)
+    q, y, w = (
+        jnp.swapaxes(x.reshape(-1, groups, *x.shape[1:]), 0, 1)
+        for x in (rows(sample), sample.y, sample.each())
+    )
+    best = partial(_screened, loss, target, floor, _FINALISTS // groups)
+    starts = jax.tree.map(jnp.concatenate, jax.vmap(best)(q, y, w, uniform))
+    ends = jax.vmap(partial(minimum, sample))(starts)
+    if groups > 1:
+        ends = lax.map(partial(minimum, of), _distinct(ends.b, ends.scale))
     lowest = jnp.argmin(jnp.where(jnp.isnan(ends.scale), jnp.inf, ends.scale))
-    return jax.tree.map(lambda x: x[lowest], ends)
+    found = jax.tree.map(lambda x: x[lowest], ends)
+    return found._replace(residuals=predictions(of, found.b) - of.y)  # those of a sample until now
 
 
-def _distinct(at: Starts, close: float) -> Starts:
-    """NaN and an infinite scale for what is where one of those before is."""
-    b, s = at
-    near = jnp.max(jnp.abs(b[:, None] - b), axis=-1) <= close * s
+def _screened(
+    loss: Loss, target: Array, floor: Array, count: int, q: Array, y: Array, w: Array,
+    uniform: Array,
+) -> Starts:  # fmt: skip
+    """The best of many subsets, after two steps of reweighting on these rows."""
+    k = q.shape[1]
+    size, w = jnp.sum(w > 0), w / jnp.sum(w)
+    # Far above what rounding leaves of a residual that is 0.
+    tiny = floor / jnp.finfo(y.dtype).eps ** 0.5
+    squares = (q[:, :, None] * q[:, None, :]).reshape(-1, k * k)
+
+    def nearer(s: Array, r: Array) -> Array:
+        mean = loss(r / s[:, None]) @ w
+        return jnp.maximum(s * jnp.sqrt(mean / target), tiny)
+
+    def step(_: Array, at: Starts) -> Starts:
+        b, s = at
+        r = b @ q.T - y
+        s = nearer(s, r)
+        pull = w * weight(loss, r / s[:, None])
+        grams = (pull @ squares).reshape(-1, k, k)
+        return jax.vmap(solve)(grams, (pull * y) @ q), s
+
+    b = jax.vmap(partial(_subset, q, y, size))(uniform)
+    s = jnp.maximum(1.5 * _rough_median(jnp.abs(b @ q.T - y), w), tiny)
+    b, s = lax.fori_loop(0, 2, step, (b, s))
+    r = b @ q.T - y
+    s = lax.fori_loop(0, 4, lambda _, s: nearer(s, r), s)
+    s = jnp.where(jnp.all(jnp.isfinite(b), axis=1) & (s > 0), s, jnp.inf)
+    _, first = lax.top_k(-s, count)
+    return b[first], s[first]
+
+
+def _distinct(b: Array, s: Array) -> Starts:
+    """The lowest minima, with NaN for what is the same as one before."""
+    s = jnp.where(jnp.isnan(s), jnp.inf, s)
+    s, order = lax.top_k(-s, len(s))
+    b, s = b[order], -s
+    near = jnp.max(jnp.abs(b[:, None] - b), axis=-1) <= 1e-3 * s
     again = jnp.any(jnp.tril(near, -1), axis=1)
-    return jnp.where(again[:, None], jnp.nan, b), jnp.where(again, jnp.inf, s)
+    _, first = lax.top_k(-jnp.where(again, jnp.inf, s), _LAST)
+    return jnp.where(again[:, None], jnp.nan, b)[first], s[first]
 
 
 def _rough_median(x: Array, w: Array) -> Array:

@@ -75,7 +75,9 @@ def m_estimate(
         r: Array
         s: Array
         steps: Array
+        moved: Array
         newton: Array
+        limit: Array  # of a step, in units of s, below which Newton's may be next
         rest: Array
 
     def step(at: State) -> State:
@@ -95,10 +97,12 @@ def m_estimate(
         s = spread(of, r, at.s)
         moved = jnp.max(jnp.abs(move))
         rest = taken & (jnp.maximum(moved, jnp.abs(s - at.s)) <= tolerance * s + noise)
-        # From afar, a loss with several minima could be led from the nearest to another.
-        near = at.newton | convex | (moved <= 0.1 * s)
-        new = State(b, r, s, at.steps + 1, near, rest)
-        old = at._replace(steps=at.steps + 1, newton=jnp.asarray(False))
+        # From afar, a loss with several minima could be led from the nearest to another; and
+        # where its curvature jumps, round in circles.
+        astray = at.newton & ~(taken & (moved <= 0.5 * at.moved)) & (at.limit < jnp.inf)
+        limit = jnp.where(astray, 0.1 * at.limit, at.limit)
+        new = State(b, r, s, at.steps + 1, moved, moved <= limit * s, limit, rest)
+        old = at._replace(steps=at.steps + 1, newton=jnp.asarray(False), limit=limit)
         return jax.tree.map(lambda x, y: jnp.where(taken, x, y), new, old)
 
     def goes_on(at: State) -> Array:
@@ -107,7 +111,9 @@ def m_estimate(
     r = predictions(of, start) - of.y
     s = spread(of, r, of.size if s is None else s)
     convex = jnp.all((curvature(loss(s), r) >= 0) | (each == 0))
-    begin = State(start, r, s, jnp.int32(0), convex, jnp.asarray(False))
+    limit = jnp.where(convex, jnp.inf, jnp.asarray(0.1, s.dtype))
+    no = jnp.asarray(False)
+    begin = State(start, r, s, jnp.int32(0), jnp.full_like(s, jnp.inf), convex, limit, no)
     end = lax.while_loop(goes_on, step, begin)
     finite = jnp.all(jnp.isfinite(end.b)) & jnp.isfinite(end.s)
     return Estimate(end.b, end.s, end.r, end.rest & finite, end.steps)
