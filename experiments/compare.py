@@ -4,6 +4,7 @@ Fits a linear model with every loss and shows the coefficients, the rows that a 
 ignores, and pictures. Columns are standardised for the fit and the coefficients transformed
 back. A loss with a `delta` gets its tuning constant for 95 % efficiency at the normal, times
 a robust scale of the residuals: the MAD / 0.6745 of Huber's fit, each found with the other.
+Beside them, with standard errors, the MM-estimate, which starts where outliers had no say.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from experiments._losses import has_delta, title, tuned, with_delta
 from experiments.data import Data, load, read_csv
 from robustloss.losses import redescending
 
-COMPARED = ("absolute_error", "huber", "log_cosh", "pseudo_huber", "squared_error")
+COMPARED = ("absolute_error", "huber", "log_cosh", "pseudo_huber", "squared_error", "mm")
 ALIASES = {"mse": "squared_error", "mae": "absolute_error"}
 FEW = 80  # rows that can still be told apart along an axis
 LOW = 0.5  # a row that counts less than this share of a typical row is named
@@ -57,7 +58,7 @@ class Config:
     drop_missing: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Leave out the rows of --csv with blanks instead of refusing the file."""
     losses: tuple[str, ...] = COMPARED
-    """The losses to compare, any of `robustloss.LOSSES`."""
+    """The losses to compare, any of `robustloss.LOSSES`; `mm` is the MM-estimate."""
     scale: float | None = None
     """The scale of the residuals, in units of the target; estimated by default."""
     steps: int = 5000
@@ -82,19 +83,23 @@ class Result(NamedTuple):
     residuals: np.ndarray  # (losses, rows), fitted minus observed
     spreads: np.ndarray  # MAD / 0.6745 of each fit's residuals
     objectives: np.ndarray  # mean loss
+    excesses: np.ndarray  # by how much of itself it is above the exact minimum
     weights: np.ndarray  # (losses, rows), relative to a typical row, at most 1
     steps: np.ndarray
     converged: np.ndarray
     kinked: np.ndarray  # whether a loss has no slope at its minimum
     drifts: np.ndarray  # by how much of itself the objective fell in the last tenth of the steps
     seconds: np.ndarray
+    mm: rl.LinearFit | None  # if asked for
 
 
 def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
     """Fits every loss of the config to its data."""
     if not config.losses:
         raise UsageError(f"--losses needs at least one of {', '.join(rl.LOSSES)}.")
-    names = tuple(dict.fromkeys(_known(name) for name in config.losses))
+    names = tuple(dict.fromkeys(_known(name) for name in config.losses if name != "mm"))
+    if not names:
+        raise UsageError("--losses needs a loss besides mm, to compare it with.")
     data = _data(config)
     if config.steps < 1:
         raise UsageError(f"--steps must be >= 1, got {config.steps}.")
@@ -149,6 +154,10 @@ def _run(config: Config, data: Data, names: tuple[str, ...], progress: Progress)
         jax.device_get(_described(name, delta, r))
         for name, delta, r in zip(names, deltas, residuals, strict=True)
     ]
+    progress((1 + len(names)) / (2 + len(names)), "exact fits")
+    mm = None
+    if "mm" in config.losses:
+        mm = jax.device_get(rl.fit_linear(data.X, data.y, rl.tukey))
     return Result(
         data=data,
         losses=names,
@@ -158,13 +167,20 @@ def _run(config: Config, data: Data, names: tuple[str, ...], progress: Progress)
         coefficients=slopes,
         residuals=residuals,
         spreads=np.median(np.abs(residuals), axis=1) / _MAD_AT_NORMAL,
-        objectives=np.array([objective for objective, _ in described]),
-        weights=np.array([weights for _, weights in described]),
+        objectives=np.array([objective for objective, *_ in described]),
+        excesses=np.array(
+            [
+                _excess(name, X / target_spread, data, *of)
+                for name, of in zip(names, described, strict=True)
+            ]
+        ),
+        weights=np.array([weights for _, weights, *_ in described]),
         steps=np.array([f.steps for f in fits]),
         converged=np.array([f.converged for f in fits]),
         kinked=np.array([_has_kink(name) for name in names]),
         drifts=np.array([_drift(f) for f in fits]),
         seconds=np.array([seconds[name] for name in names]),
+        mm=mm,
     )
 
 
@@ -239,21 +255,26 @@ def show(result: Result, console: Console) -> None:
         markup=False,
     )
 
-    table = Table(title="Coefficients")
-    for head in ("", *map(title, result.losses)):
-        table.add_column(head, overflow="fold")
+    table = Table(title="Coefficients", padding=0)
+    columns = result.coefficients
     rough = result.kinked & ~result.converged
-    for term, values in zip(("intercept", *data.features), result.coefficients.T, strict=True):
+    heads = [title(name) for name in result.losses]
+    if result.mm is not None:
+        columns = np.vstack([columns, [result.mm.intercept, *result.mm.coefficients]])
+        rough, heads = np.append(rough, False), [*heads, "MM"]
+    for head in ("", *heads):
+        table.add_column(head, overflow="fold")
+    for term, values in zip(("intercept", *data.features), columns.T, strict=True):
         digits = [f"{v:.4g}" if r else f"{v:.6g}" for v, r in zip(values, rough, strict=True)]
         table.add_row(escape(term), *digits)
     console.print(table)
 
     table = Table(
         Column("loss", no_wrap=True),
-        *("delta", "robust scale", "objective", "steps", "converged", "seconds"),
+        *("delta", "scale", "objective", "above", "steps", "converged", "s"),
         title="Fits",
-        caption="robust scale: MAD / 0.6745 of the fit's residuals; objective: the mean loss;\n"
-        "seconds: of the first fit, compilation included",
+        caption="scale: MAD / 0.6745 of the fit's residuals; objective: the mean loss; above: by\n"
+        "how much of itself it is above the exact minimum; s: of the first fit, compiled",
     )
     for i, name in enumerate(result.losses):
         table.add_row(
@@ -261,6 +282,7 @@ def show(result: Result, console: Console) -> None:
             "-" if np.isnan(result.deltas[i]) else f"{result.deltas[i]:.4g}",
             f"{result.spreads[i]:.4g}",
             f"{result.objectives[i]:.5g}",
+            f"{result.excesses[i]:.0e}" if result.excesses[i] >= 1e-9 else "< 1e-9",
             str(result.steps[i]),
             "yes" if result.converged[i] else "no",
             f"{result.seconds[i]:.2f}",
@@ -279,6 +301,13 @@ def show(result: Result, console: Console) -> None:
             text = ", ".join(f"{row}: {by_row[row]:.2f}" for row in rows) or "none"
         table.add_row(title(name), text)
     console.print(table)
+    if result.mm is not None:
+        console.print(
+            "\nMM: Tukey's loss at 95 % efficiency, from an S-estimate that just under half of "
+            "the rows cannot carry off.\n\n" + result.mm.summary(data.features) + "\n",
+            highlight=False,
+            markup=False,
+        )
     for sentence in findings(result):
         console.print(f"- {sentence}", highlight=False, markup=False)
 
@@ -292,6 +321,8 @@ def files(config: Config, result: Result) -> dict[str, bytes]:
         (name, *map(float, row))
         for name, row in zip(result.losses, result.coefficients, strict=True)
     )
+    if result.mm is not None:
+        table.writerow(("mm", *map(float, (result.mm.intercept, *result.mm.coefficients))))
     written = {"coefficients.csv": text.getvalue().encode()}
     written["result.json"] = _results.record(
         config,
@@ -303,6 +334,7 @@ def files(config: Config, result: Result) -> dict[str, bytes]:
                 "coefficients": result.coefficients[i],
                 "robust_scale": result.spreads[i],
                 "objective": result.objectives[i],
+                "above_the_minimum": result.excesses[i],
                 "steps": result.steps[i],
                 "converged": result.converged[i],
                 "seconds": result.seconds[i],
@@ -310,6 +342,9 @@ def files(config: Config, result: Result) -> dict[str, bytes]:
             }
             for i, name in enumerate(result.losses)
         },
+        mm=None
+        if result.mm is None
+        else {**result.mm._asdict(), "standard_errors": result.mm.standard_errors()},
         findings=findings(result),
     )
     if config.plots:
@@ -387,8 +422,8 @@ def _known(name: str) -> str:
     """The library's name of a loss, or an error with the nearest one."""
     name = ALIASES.get(name.lower(), name)
     if name not in rl.LOSSES:
-        near = difflib.get_close_matches(name, [*rl.LOSSES, *ALIASES], n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(rl.LOSSES)}."
+        near = difflib.get_close_matches(name, [*rl.LOSSES, *ALIASES, "mm"], n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(rl.LOSSES)}, mm."
         raise UsageError(f"no loss is called {name!r}; {hint}")
     if has_delta(name) and np.isnan(tuned(name, efficiency=0.95)):
         raise UsageError(f"no delta makes {name} 95 % efficient: nothing to compare it at.")
@@ -419,14 +454,35 @@ def _plane(params: jax.Array, X: jax.Array) -> jax.Array:
     return X @ params
 
 
+def _excess(
+    name: str, X: np.ndarray, data: Data, objective: float, _: np.ndarray, psi: np.ndarray,
+    bend: np.ndarray,
+) -> float:  # fmt: skip
+    """How far above the exact minimum, over the objective: to second order, if it is smooth."""
+    if objective == 0:
+        return 0.0
+    if _has_kink(name):
+        best = rl.fit_linear(data.X, data.y, with_delta(name, np.nan))
+        exact = float(rl.mean(with_delta(name, np.nan), best.residuals))
+        return max(objective - exact, 0.0) / objective
+    slope = X.T @ psi
+    step = np.linalg.lstsq(X.T @ (bend[:, None] * X), slope)[0]
+    return float(abs(slope @ step) / 2 / len(psi) / objective)
+
+
 @partial(jax.jit, static_argnums=0)
-def _described(name: str, delta: float, residuals: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The mean loss, and weights over that of a residual of typical (median) size, at most 1."""
+def _described(name: str, delta: float, residuals: jax.Array) -> tuple[jax.Array, ...]:
+    """The mean loss, weights over that of a residual of typical (median) size, psi and psi'."""
     loss = with_delta(name, delta)
     weights = rl.weight(loss, residuals)
     unit = rl.weight(loss, jnp.median(jnp.abs(residuals)))
     relative = jnp.where(jnp.isinf(weights), 1.0, jnp.minimum(weights / unit, 1.0))
-    return rl.mean(loss, residuals), relative + 0.0  # no -0
+    return (
+        rl.mean(loss, residuals),
+        relative + 0.0,  # no -0
+        rl.influence(loss, residuals),
+        rl.curvature(loss, residuals),
+    )
 
 
 def _low(result: Result) -> dict[str, np.ndarray]:
@@ -534,6 +590,10 @@ def _lines(result: Result) -> Figure:
         axes.plot(
             ends, intercept + slope * ends, lw=2.2, label=f"{title(name)} {slope:.3g}", **style
         )
+    if result.mm is not None:
+        intercept, slope = result.mm.intercept, result.mm.coefficients[0]
+        fitted = intercept + slope * ends
+        axes.plot(ends, fitted, lw=2.2, color="black", ls=(0, (1, 1)), label=f"MM {slope:.3g}")
     axes.set(xlabel=data.features[0], ylabel=data.target, title=_headline(result))
     axes.legend(title="loss and slope", loc="best", fontsize=10)
     return figure

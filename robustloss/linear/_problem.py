@@ -18,7 +18,7 @@ from jax.scipy.linalg import cho_factor, cho_solve
 
 from robustloss.scale import mad
 
-_SAMPLE = 4096  # rows, enough to center and to scale a column by
+_SAMPLE = 1024  # rows, enough to center and to scale a column by
 _BLOCK = 16384  # rows, few enough for a cache
 
 
@@ -67,9 +67,7 @@ def problem(X: Array, y: Array, keep: Array | None, w: Array | None, intercept: 
         table, center=middles, axis=0, where=None if kept is None else kept[:, None]
     ))  # fmt: skip
     center, middle, spread, size = middles[:p], middles[p], spreads[:p], spreads[p]
-    present = True if keep is None else keep[:, None]
-    largest = jnp.max(jnp.abs(X - center), axis=0, where=present, initial=0)
-    spread = jnp.where(spread > 0, spread, jnp.where(largest > 0, largest, 1))
+    spread = jnp.where(spread > 0, spread, _largest(X, center, keep, spread))
     if intercept:
         y = y - middle if keep is None else jnp.where(keep, y - middle, 0)
 
@@ -120,6 +118,18 @@ def _median(x: Array, keep: Array | None) -> Array:
     """A middle of each column, 0 where nothing is kept."""
     x = x if keep is None else jnp.where(keep[:, None], x, jnp.nan)
     return jnp.nan_to_num(jnp.nanmedian(x, axis=0))
+
+
+def _largest(X: Array, center: Array, keep: Array | None, spread: Array) -> Array:
+    """The size of columns of which most entries are one number; 1 for those that are 0."""
+
+    def look() -> Array:
+        size = jnp.max(
+            jnp.abs(X - center), axis=0, where=True if keep is None else keep[:, None], initial=0
+        )
+        return jnp.where(size > 0, size, 1)
+
+    return lax.cond(jnp.all(spread > 0), lambda: jnp.ones_like(spread), look)
 
 
 def rows(of: Problem) -> Array:

@@ -14,6 +14,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from robustloss.linear._problem import Problem, part, predictions, rows, solve
@@ -27,7 +28,7 @@ Starts = tuple[Array, Array]  # coefficients and scales, a row for each
 _SUBSETS = 1000
 _GROUPS = 5
 _ROWS = 400  # in a group, or 20 for each coefficient
-_FINALISTS = 50  # of all groups
+_FINALISTS = 50  # or 5 of each group
 _LAST = 5  # go on to all rows
 
 
@@ -46,13 +47,15 @@ def s_estimate(of: Problem, loss: Loss, share: Array, floor: Array, key: Array) 
         above = jnp.sum(jnp.where(w > 0, w * rho, 0)) - target * jnp.sum(w)
         slope = jnp.sum(jnp.where(w > 0, w * slope, 0))
         slope = jnp.maximum(slope, jnp.finfo(r.dtype).tiny)
-        return jnp.maximum(s * jnp.exp(jnp.clip(above / slope, -1, 1)), floor)
+        nearer = s * jnp.exp(jnp.clip(above / slope, -1, 1))
+        exact = jnp.sum(jnp.where(jnp.abs(r) > floor, w, 0)) <= share * jnp.sum(w)
+        return jnp.where(exact, floor, jnp.maximum(nearer, floor))
 
     def at_scale(s: Array) -> Loss:
         return lambda r: s * (s * loss(r / s))
 
-    def minimum(of: Problem, at: Starts) -> Estimate:
-        return m_estimate(of, at_scale, closer, *at, steps=100)
+    def minimum(of: Problem, steps: int, at: Starts) -> Estimate:
+        return m_estimate(of, at_scale, closer, *at, steps)
 
     draw, order = jax.random.split(key)
     size = max(_ROWS, 20 * k)
@@ -62,31 +65,38 @@ def s_estimate(of: Problem, loss: Loss, share: Array, floor: Array, key: Array) 
     chosen = jnp.isfinite(luck) & (luck <= smallest(luck, taken) if taken < n else True)
     # Those that count come first.
     sample = part(of, jnp.nonzero(chosen, size=taken, fill_value=n)[0])
-    uniform = jax.random.uniform(draw, (groups, _SUBSETS // groups, k), of.y.dtype)
-    q, y, w = (
-        jnp.swapaxes(x.reshape(-1, groups, *x.shape[1:]), 0, 1)
-        for x in (rows(sample), sample.y, sample.each())
+    uniform = jax.random.uniform(draw, (groups, _SUBSETS // groups, k), jnp.float32)
+    # In float32, which is enough to see which are best: with y in units of its own.
+    unit = jnp.where(of.size > 0, of.size, 1)
+    q, y, w, short = jax.tree.map(
+        lambda x: x.astype(jnp.float32),
+        (rows(sample), jnp.clip(sample.y / unit, -1e15, 1e15), sample.each(), loss),
     )
-    best = partial(_screened, loss, target, floor, _FINALISTS // groups)
-    starts = jax.tree.map(jnp.concatenate, jax.vmap(best)(q, y, w, uniform))
-    ends = jax.vmap(partial(minimum, sample))(starts)
+    dealt = (jnp.swapaxes(x.reshape(-1, groups, *x.shape[1:]), 0, 1) for x in (q, y, w))
+    count = _FINALISTS if groups == 1 else 5
+    best = jax.vmap(lambda *group: _screened(short, share, count, *group))
+    b, s = jax.tree.map(jnp.concatenate, best(*dealt, uniform))
+    starts = (b.astype(of.y.dtype) * unit, jnp.maximum(s.astype(of.y.dtype) * unit, floor))
+    ends = jax.vmap(partial(minimum, sample, 100 if groups == 1 else 8))(starts)
     if groups > 1:
-        ends = lax.map(partial(minimum, of), _distinct(ends.b, ends.scale))
+        ends = lax.map(partial(minimum, of, 100), _distinct(ends.b, ends.scale))
     lowest = jnp.argmin(jnp.where(jnp.isnan(ends.scale), jnp.inf, ends.scale))
     found = jax.tree.map(lambda x: x[lowest], ends)
     return found._replace(residuals=predictions(of, found.b) - of.y)  # those of a sample until now
 
 
 def _screened(
-    loss: Loss, target: Array, floor: Array, count: int, q: Array, y: Array, w: Array,
-    uniform: Array,
-) -> Starts:  # fmt: skip
+    loss: Loss, share: Array, count: int, q: Array, y: Array, w: Array, uniform: Array
+) -> Starts:
     """The best of many subsets, after two steps of reweighting on these rows."""
     k = q.shape[1]
     size, w = jnp.sum(w > 0), w / jnp.sum(w)
-    # Far above what rounding leaves of a residual that is 0.
-    tiny = floor / jnp.finfo(y.dtype).eps ** 0.5
-    squares = (q[:, :, None] * q[:, None, :]).reshape(-1, k * k)
+    target = share.astype(y.dtype) * loss(jnp.full((), jnp.inf, y.dtype))
+    tiny = 64 * jnp.finfo(y.dtype).eps  # far above what rounding leaves of a residual that is 0
+    i, j = np.triu_indices(k)
+    squares = q[:, i] * q[:, j]
+    place = np.zeros((k, k), int)
+    place[i, j] = place[j, i] = np.arange(len(i))
 
     def nearer(s: Array, r: Array) -> Array:
         mean = loss(r / s[:, None]) @ w
@@ -97,8 +107,7 @@ def _screened(
         r = b @ q.T - y
         s = nearer(s, r)
         pull = w * weight(loss, r / s[:, None])
-        grams = (pull @ squares).reshape(-1, k, k)
-        return jax.vmap(solve)(grams, (pull * y) @ q), s
+        return jax.vmap(solve)((pull @ squares)[:, place], (pull * y) @ q), s
 
     b = jax.vmap(partial(_subset, q, y, size))(uniform)
     s = jnp.maximum(1.5 * _rough_median(jnp.abs(b @ q.T - y), w), tiny)
@@ -115,28 +124,26 @@ def _distinct(b: Array, s: Array) -> Starts:
     s = jnp.where(jnp.isnan(s), jnp.inf, s)
     s, order = lax.top_k(-s, len(s))
     b, s = b[order], -s
-    near = jnp.max(jnp.abs(b[:, None] - b), axis=-1) <= 1e-3 * s
+    near = jnp.max(jnp.abs(b[:, None] - b), axis=-1) <= 0.01 * s
     again = jnp.any(jnp.tril(near, -1), axis=1)
     _, first = lax.top_k(-jnp.where(again, jnp.inf, s), _LAST)
     return jnp.where(again[:, None], jnp.nan, b)[first], s[first]
 
 
 def _rough_median(x: Array, w: Array) -> Array:
-    """Of each row of x >= 0, to a hundredth part, the weights adding up to 1.
+    """Of each row of x >= 0, in float32, to an eighth part; the weights add up to 1.
 
     The steps of an M-scale are too short to come down from outliers to where it is.
     """
-    info = jnp.finfo(x.dtype)
-    integer = jnp.int64 if info.bits == 64 else jnp.int32
-    coarse = (lax.bitcast_convert_type(x, integer) >> (info.nmant - 7)).astype(jnp.int32)
+    coarse = lax.bitcast_convert_type(x, jnp.int32) >> 20  # the exponent and three bits
 
     def halve(i: Array, low: Array) -> Array:
-        middle = low + (1 << (info.nexp + 6 - i))
+        middle = low + (1 << (10 - i))
         below = jnp.sum((coarse < middle[:, None]).astype(w.dtype) * w, axis=1)
         return jnp.where(below <= 0.5, middle, low)
 
-    low = lax.fori_loop(0, info.nexp + 7, halve, jnp.zeros(len(x), jnp.int32))
-    return lax.bitcast_convert_type(low.astype(integer) << (info.nmant - 7), x.dtype)
+    low = lax.fori_loop(0, 11, halve, jnp.zeros(len(x), jnp.int32))
+    return lax.bitcast_convert_type(low << 20, x.dtype)
 
 
 def _subset(q: Array, y: Array, size: Array, uniform: Array) -> Array:

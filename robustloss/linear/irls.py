@@ -84,7 +84,7 @@ def m_estimate(
         here = loss(at.s)
 
         def equations(q: Array, each: Array, r: Array) -> tuple[Array, Array]:
-            curve = lax.cond(at.newton, lambda r: curvature(here, r), lambda r: weight(here, r), r)
+            curve = jnp.where(at.newton, curvature(here, r), weight(here, r))
             pull = q.T @ jnp.where(each > 0, each * influence(here, r), 0)
             return gram(q, jnp.where(each > 0, each * curve, 0)), pull
 
