@@ -46,6 +46,7 @@ class Timing(NamedTuple):
     ours: list[float]
     peers: dict[str, list[float]]
     error: float | None
+    converged: bool
 
 
 def data(rows: int, columns: int = COLUMNS, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -108,7 +109,8 @@ def timed(case: Case, repeats: int) -> Timing:
                 if not peers[name] or np.median(peers[name]) < LONG:
                     peers[name].append(peer(X, y))
         assert bool(jnp.all(found.converged)), case.name
-    return Timing(first, ours, peers, case.error(X, y, found) if case.error else None)
+    error = case.error(X, y, found) if case.error else None
+    return Timing(first, ours, peers, error, bool(jnp.all(found.converged)))
 
 
 def growth(sizes: list[int], repeats: int) -> Iterator[tuple[int, float]]:

@@ -149,6 +149,7 @@ def check(result: Result) -> None:
             assert ratio <= of_peer, f"{name} takes {ratio:.2f} times optax's, not {of_peer}"
     assert result.imports <= IMPORT_LIMIT, f"the import adds {result.imports:.2f} s"
     for name, timing in result.fits.items():
+        assert timing.converged, f"{name} did not converge"
         for peer, seconds in timing.peers.items():
             faster = np.median(seconds) / np.median(timing.ours)
             limit = FIT_LIMITS.get(peer, 0)

@@ -363,6 +363,19 @@ def test_many_rows(x64, n):
     assert np.max(np.abs(off)) < 1e-11 * found.scale
 
 
+def test_mm_of_many_rows(x64):
+    """Subsets of groups of the rows; the S scale is no larger than the truth has it."""
+    n = 3000
+    X, y = sample(n)
+    X[: n // 3], y[: n // 3] = 50 + 0.1 * X[: n // 3], -1e3
+    found = rl.fit_linear(X, y, rl.tukey)
+    assert found.converged
+    truth = rl.m_scale(y - X @ [1.0, 2, 3] - 5, breakdown=0.5 * (1 - 4 / n), center=0.0)
+    assert 0.95 * truth < found.scale <= truth
+    assert np.all(found.flagged()[: n // 3])
+    np.testing.assert_allclose(found.coefficients, [1, 2, 3], atol=0.2)
+
+
 @pytest.mark.parametrize("n", [66_003])
 def test_quantiles_of_many_rows(x64, n):
     """The rows that are met carry what the others pull, none more than it may."""

@@ -48,7 +48,7 @@ def s_estimate(of: Problem, loss: Loss, share: Array, floor: Array, key: Array) 
         slope = jnp.sum(jnp.where(w > 0, w * slope, 0))
         slope = jnp.maximum(slope, jnp.finfo(r.dtype).tiny)
         nearer = s * jnp.exp(jnp.clip(above / slope, -1, 1))
-        exact = jnp.sum(jnp.where(jnp.abs(r) > floor, w, 0)) <= share * jnp.sum(w)
+        exact = jnp.sum(jnp.where(jnp.abs(r) <= floor, 0, w)) <= share * jnp.sum(w)
         return jnp.where(exact, floor, jnp.maximum(nearer, floor))
 
     def at_scale(s: Array) -> Loss:
