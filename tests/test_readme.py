@@ -6,6 +6,8 @@ import io
 import re
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -26,6 +28,31 @@ def test_python_blocks_print_what_is_printed_below_them():
         with contextlib.redirect_stdout(said):
             exec(code, names)
         assert said.getvalue() == printed
+
+
+@pytest.mark.thorough
+def test_page_on_linear_fits_prints_what_it_says():
+    """But for the number of steps; and R's table beside each has the same digits."""
+    page = (ROOT / "docs" / "linear.md").read_text()
+    blocks = re.findall(
+        r"<!-- printed -->\n```python\n(.*?)```\n\n```text\n(.*?)```", page, re.DOTALL
+    )
+    assert len(blocks) == 3
+    others = re.findall(r"```text\n +(?:Value|Estimate).*?```", page, re.DOTALL)
+    names = {}
+    try:
+        for (code, printed), other in zip(blocks, others, strict=True):
+            said = io.StringIO()
+            with contextlib.redirect_stdout(said):
+                exec(code, names)
+            counted = re.compile(r"in \d+ steps")
+            assert counted.sub("", said.getvalue()) == counted.sub("", printed)
+            ours = re.findall(r"^\w+ +(-?[\d.]+) +([\d.]+)", said.getvalue(), re.MULTILINE)
+            theirs = re.findall(r"^[\w.()]+ +(-?[\d.]+) +([\d.]+)", other, re.MULTILINE)
+            assert len(ours) == len(theirs) == 4
+            np.testing.assert_allclose(np.array(ours, float), np.array(theirs, float), atol=1.1e-4)
+    finally:
+        jax.config.update("jax_enable_x64", False)
 
 
 def test_loss_table_is_complete_and_its_constants_hold():
@@ -85,7 +112,9 @@ def test_kink_table_is_what_kink_measures():
 
 
 def test_named_commands_and_files_exist():
-    for name in re.findall(r"python -m experiments (\w+)", README):
-        assert name in command.experiments()
-    for path in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / path).exists(), path
+    pages = [ROOT / "README.md", ROOT / "experiments/README.md", *(ROOT / "docs").glob("*.md")]
+    for page in pages:
+        for name in re.findall(r"python -m experiments ([a-z]+)", page.read_text()):
+            assert name in command.experiments(), (page, name)
+        for path in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / path).exists(), (page, path)

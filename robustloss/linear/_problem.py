@@ -2,7 +2,7 @@
 
 Every solver works on the rows q of a `Problem`, so none meets a column in unusual units, a large
 mean or two columns that are nearly the same; one that depends on the others has become 0. Rows
-are made when they are needed, a block at a time: the data are never copied.
+are made when they are needed, a block at a time, so that no second copy of X is kept.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.scipy.stats import norm
+from jax.scipy.special import ndtr
 from jax.typing import ArrayLike
 
 from robustloss.losses._elementwise import real_array
@@ -78,7 +78,7 @@ class LinearFit(NamedTuple):
         errors = np.asarray(self.standard_errors())
         with np.errstate(all="ignore"):
             z = values / errors
-        p = 2 * np.asarray(norm.sf(np.abs(z)))
+        p = 2 * np.asarray(ndtr(-np.abs(z)))
         low, high = values - 1.959963985 * errors, values + 1.959963985 * errors
         head = ["", "coef", "std err", "z", "P>|z|", "[0.025", "0.975]"]
         rows = [

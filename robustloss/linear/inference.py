@@ -6,9 +6,11 @@ as none and only their ratios count.
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
 from jax import Array
-from jax.scipy.stats import norm
+from jax.scipy.special import ndtri
 from jax.typing import ArrayLike
 
 from robustloss.linear._problem import Problem, gram, raw_basis, sums
@@ -99,9 +101,9 @@ def powell(of: Problem, level: Array, residuals: Array) -> Array:
     Source: Powell (1991); Koenker (2005), Quantile Regression, section 3.4.2.
     """
     unit, n = counts(of)
-    x = norm.ppf(level)
-    z = norm.ppf(0.975)
-    h = n ** (-1 / 3) * z ** (2 / 3) * (1.5 * norm.pdf(x) ** 2 / (2 * x * x + 1)) ** (1 / 3)
+    x = ndtri(level)
+    z = 1.959963984540054  # the normal's 97.5 % quantile
+    h = n ** (-1 / 3) * z ** (2 / 3) * (1.5 * _normal_density(x) ** 2 / (2 * x * x + 1)) ** (1 / 3)
     room = jnp.minimum(level, 1 - level)
     halvings = jnp.maximum(jnp.floor(jnp.log2(h / room)) + 1, 0)
     h = h * 0.5**halvings
@@ -110,17 +112,21 @@ def powell(of: Problem, level: Array, residuals: Array) -> Array:
     deviation = jnp.sqrt(jnp.sum(each * (residuals - mean) ** 2) / (n - 1))
     quartiles = iqr(residuals, where=of.keep, weights=of.w) / 0.741301109252801
     spread = jnp.minimum(deviation, quartiles / 1.34)
-    width = (norm.ppf(level + h) - norm.ppf(level - h)) * spread
+    width = (ndtri(level + h) - ndtri(level - h)) * spread
     wide = jnp.where(width > 0, width, 1)
 
     def moments(q: Array, each: Array, r: Array) -> tuple[Array, Array]:
         each = unit * each
-        return gram(q, each), gram(q, each * norm.pdf(r / wide) / wide)
+        return gram(q, each), gram(q, each * _normal_density(r / wide) / wide)
 
     normal, density = sums(of, moments, residuals)
     inverse = _inverse(density)
     covariance = level * (1 - level) * inverse @ normal @ inverse
     return _in_units(of, jnp.where(width > 0, covariance, 0))
+
+
+def _normal_density(x: Array) -> Array:
+    return jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
 
 
 def counts(of: Problem) -> tuple[Array, Array]:
