@@ -79,8 +79,7 @@ def error(name: str, found: rl.LinearFit, coef: list[float]) -> float:
     "kind",
     [
         "huber",
-        "bisquare",
-        *(pytest.param(k, marks=pytest.mark.thorough) for k in ("proposal2", "hampel")),
+        *(pytest.param(k, marks=pytest.mark.thorough) for k in ("bisquare", "proposal2", "hampel")),
     ],
 )
 def test_is_rlm(kind):
@@ -324,6 +323,7 @@ def test_a_nan_shows(x64):
             assert not found.converged
 
 
+@pytest.mark.thorough
 def test_mm_survives_outliers(x64):
     """Just under (n - p) / 2n in y; in X, all at one place, where subsets without one are rare."""
     X, y = sample(200)
@@ -347,7 +347,7 @@ def test_mm_survives_outliers(x64):
             assert np.max(np.abs(huber.coefficients[case] - np.arange(1, 4))) > 0.5
 
 
-@pytest.mark.parametrize("n", [66_003, 66_048])
+@pytest.mark.parametrize("n", [66_003, pytest.param(66_048, marks=pytest.mark.thorough)])
 def test_many_rows(x64, n):
     """In blocks, of 3 groups and of 64; NumPy's own test of the exact answer."""
     X, y = sample(n)
@@ -504,6 +504,7 @@ def test_any_scale(x64, scale):
     np.testing.assert_allclose(np.c_[np.ones(60), X].T @ rl.influence(loss, r), 0, atol=1e-9)
 
 
+@pytest.mark.thorough
 def test_a_start_decides_where_a_redescending_fit_ends(x64):
     stars = load("starsCYG")
     fit = partial(rl.fit_linear, stars.X, stars.y, rl.tukey, method="irls", scale=0.4715)
@@ -521,10 +522,10 @@ def test_summary(x64):
         assert f"{se:.4f}" in text
     assert "rows beyond 2.5 scales: 4, 21" in text
     assert "21 rows, scale 2.4405, converged in" in text
-    phones = load("phones")
-    assert "not unique" in rl.fit_linear(phones.X, phones.y, rl.absolute_error).summary()
-    with pytest.raises(ValueError, match="names must be 1, one for each column, got 3"):
-        rl.fit_linear(phones.X, phones.y).summary(data.features)
+    phones = fits("mae")["phones"]
+    assert "not unique" in phones.summary()
+    with pytest.raises(ValueError, match="names must be 5, one for each column, got 3"):
+        phones.summary(data.features)
 
 
 @pytest.mark.thorough

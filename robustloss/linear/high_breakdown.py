@@ -80,7 +80,9 @@ def s_estimate(of: Problem, loss: Loss, share: Array, floor: Array, key: Array) 
     ends = jax.vmap(partial(minimum, sample, 100 if groups == 1 else 8))(starts)
     if groups > 1:
         ends = lax.map(partial(minimum, of, 100), _distinct(ends.b, ends.scale))
-    lowest = jnp.argmin(jnp.where(jnp.isnan(ends.scale), jnp.inf, ends.scale))
+    # One that is not there yet may have a scale that is too low.
+    there = ends.converged | ~jnp.any(ends.converged)
+    lowest = jnp.argmin(jnp.where(there & ~jnp.isnan(ends.scale), ends.scale, jnp.inf))
     found = jax.tree.map(lambda x: x[lowest], ends)
     return found._replace(residuals=predictions(of, found.b) - of.y)  # those of a sample until now
 
