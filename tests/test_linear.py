@@ -438,6 +438,7 @@ def test_rows_on_eight_devices():
     assert done.stdout == "same\n", done.stderr
 
 
+@pytest.mark.thorough
 def test_quantiles_are_linear_programmes(x64):
     """Also where many rows are met by chance, and with weights."""
     random = np.random.default_rng(4)

@@ -87,7 +87,7 @@ def test_compare_block_is_what_compare_prints():
     printed = README.split("```text\n")[1].split("```")[0]
     said = io.StringIO()
     compare.show(compare.run(compare.Config()), Console(file=said, width=80))
-    timed = re.compile(r"\d+\.\d+ +│$", re.MULTILINE)  # the seconds
+    timed = re.compile(r"\d+\.\d+ +│$|in \d+ steps$", re.MULTILINE)  # seconds, steps of MM
 
     def lines(text):
         return [timed.sub("", line).rstrip() for line in text.strip().splitlines()]

@@ -406,6 +406,7 @@ def test_tau_is_that_of_robustbase(x64):
 # Laws.
 
 
+@pytest.mark.thorough
 @weighted
 def test_weights(x64, name):
     """Integers are repetitions, 0 and 1 a mask, equal ones none; only ratios count."""
@@ -610,6 +611,7 @@ def test_axis_of_all_of_none_and_of_nothing():
     assert np.isnan(empty).all()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["mad", "qn", "m_scale"])
 def test_vmap_is_a_loop(name):
     x = samples(7, seed=12).astype(np.float32)
