@@ -352,7 +352,7 @@ def test_many_rows(x64, n):
     """In blocks, of 3 groups and of 64; NumPy's own test of the exact answer."""
     X, y = sample(n)
     y[: n // 10] += 50
-    keep = np.arange(n) % 7 != 0
+    keep = np.arange(n) % 8 != 0  # of every eighth row, where the start might look, none
     found = rl.fit_linear(X, np.where(keep, y, NAN), where=keep)
     A, r = np.c_[np.ones(n), X][keep], -np.asarray(found.residuals)[keep]
     assert found.converged
@@ -381,9 +381,9 @@ def test_quantiles_of_many_rows(x64, n):
     """The rows that are met carry what the others pull, none more than it may."""
     X, y = sample(n)
     X[:5] *= 100
-    q = 0.2
-    found = rl.fit_linear(X, y, partial(rl.quantile, q=q))
-    e, A = np.asarray(found.residuals), np.c_[np.ones(n), X]
+    q, keep = 0.2, np.arange(n) % 2 == 1  # every second one, where the first round might look
+    found = rl.fit_linear(X, y, partial(rl.quantile, q=q), where=keep)
+    e, A, y = np.asarray(found.residuals)[keep], np.c_[np.ones(n), X][keep], y[keep]
     met = e == 0
     assert found.converged
     assert found.unique

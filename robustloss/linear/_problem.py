@@ -58,8 +58,10 @@ def problem(X: Array, y: Array, keep: Array | None, w: Array | None, intercept: 
     """X is (n, p) and y is (n,), both floating and at least float32."""
     n, p = X.shape
     y = y if keep is None else jnp.where(keep, y, 0)
-    some = slice(None, None, -(-n // _SAMPLE))
+    some = spaced(keep, n, _SAMPLE)
     kept = None if keep is None else keep[some]
+    if not isinstance(some, slice):
+        kept = kept & (some < n)
     # Of most of the rows: one wild entry must not flatten the others.
     table = jnp.concatenate([X[some], y[some, None]], axis=1)
     middles = _median(table, kept) if intercept else jnp.zeros(p + 1, X.dtype)
@@ -136,6 +138,15 @@ def rows(of: Problem) -> Array:
     """All q, 0 where dropped: for as many rows as may be copied."""
     q = (of.X - of.center) @ of.slopes + of.constants
     return q if of.keep is None else jnp.where(of.keep[:, None], q, 0)
+
+
+def spaced(keep: Array | None, n: int, count: int) -> slice | Array:
+    """About `count` of n rows at equal distances, whichever are kept; n stands for none."""
+    if keep is None or n <= count:
+        return slice(None, None, -(-n // count))
+    step = jnp.maximum(1, -(-jnp.sum(keep, dtype=jnp.int32) // count))
+    chosen = keep & ((jnp.cumsum(keep, dtype=jnp.int32) - 1) % step == 0)
+    return jnp.nonzero(chosen, size=count, fill_value=n)[0].astype(jnp.int32)
 
 
 def part(of: Problem, which: slice | Array) -> Problem:

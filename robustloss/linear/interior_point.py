@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from robustloss.linear._problem import Problem, gram, part, predictions, rows, solve, sums
+from robustloss.linear._problem import Problem, gram, part, predictions, rows, solve, spaced, sums
 from robustloss.linear.irls import least_squares, thinned
 from robustloss.scale import smallest
 
@@ -112,7 +112,7 @@ def _in_rounds(
     def round(at: State) -> State:
         first = at.rounds == 0
         which, out = nearest(at.residuals)
-        which = jnp.where(first, jnp.arange(count, dtype=jnp.int32) * (n // count), which)
+        which = jnp.where(first, any_rows, which)
         side = jnp.where(at.residuals >= 0, level, level - 1)
         pull = jnp.where(out & ~first, side * each, 0)
         others = sums(of, pulls, pull, of.y)
@@ -136,6 +136,7 @@ def _in_rounds(
             ~first & ~jnp.any(astray),
         )
 
+    any_rows = spaced(each > 0, n, count)
     start = least_squares(thinned(of) or of)
     no = jnp.asarray(False)
     zero = jnp.int32(0)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from robustloss.linear._problem import Problem, gram, part, predictions, solve, sums
+from robustloss.linear._problem import Problem, gram, part, predictions, solve, spaced, sums
 from robustloss.views import curvature, influence, weight
 
 At = Callable[[Array], Callable[..., Array]]
@@ -51,7 +51,10 @@ def least_squares(of: Problem) -> Array:
 def thinned(of: Problem) -> Problem | None:
     """A part of the rows, if they are many: where a convex problem may start from."""
     n = len(of.y)
-    return part(of, slice(None, None, n // _PART)) if n >= _MANY else None
+    if n < _MANY:
+        return None
+    whole = of.w is None and of.keep is None
+    return part(of, spaced(None if whole else of.each() > 0, n, _PART))
 
 
 def m_estimate(
