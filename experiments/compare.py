@@ -37,7 +37,7 @@ from experiments._losses import has_delta, title, tuned, with_delta
 from experiments.data import Data, load, read_csv
 from robustloss.losses import redescending
 
-COMPARED = ("absolute_error", "huber", "log_cosh", "pseudo_huber", "squared_error", "mm")
+COMPARED = ("absolute_error", "huber", "log_cosh", "pseudo_huber", "squared_error")
 ALIASES = {"mse": "squared_error", "mae": "absolute_error"}
 FEW = 80  # rows that can still be told apart along an axis
 LOW = 0.5  # a row that counts less than this share of a typical row is named
@@ -58,13 +58,15 @@ class Config:
     drop_missing: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Leave out the rows of --csv with blanks instead of refusing the file."""
     losses: tuple[str, ...] = COMPARED
-    """The losses to compare, any of `robustloss.LOSSES`; `mm` is the MM-estimate."""
+    """The losses to compare, any of `robustloss.LOSSES`."""
     scale: float | None = None
     """The scale of the residuals, in units of the target; estimated by default."""
     steps: int = 5000
     """The most steps of a fit."""
     seed: int | None = None
     """Start from a random plane instead of the mean; a convex loss ends in the same place."""
+    exact: bool = True
+    """Exact fits too: the MM-estimate, and the minimum that a fit of MAE is measured against."""
     out: Path | None = None
     """Where to write; results/compare-NAME by default."""
     plots: bool = True
@@ -90,16 +92,14 @@ class Result(NamedTuple):
     kinked: np.ndarray  # whether a loss has no slope at its minimum
     drifts: np.ndarray  # by how much of itself the objective fell in the last tenth of the steps
     seconds: np.ndarray
-    mm: rl.LinearFit | None  # if asked for
+    mm: rl.LinearFit | None  # with exact fits
 
 
 def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
     """Fits every loss of the config to its data."""
     if not config.losses:
         raise UsageError(f"--losses needs at least one of {', '.join(rl.LOSSES)}.")
-    names = tuple(dict.fromkeys(_known(name) for name in config.losses if name != "mm"))
-    if not names:
-        raise UsageError("--losses needs a loss besides mm, to compare it with.")
+    names = tuple(dict.fromkeys(_known(name) for name in config.losses))
     data = _data(config)
     if config.steps < 1:
         raise UsageError(f"--steps must be >= 1, got {config.steps}.")
@@ -155,9 +155,7 @@ def _run(config: Config, data: Data, names: tuple[str, ...], progress: Progress)
         for name, delta, r in zip(names, deltas, residuals, strict=True)
     ]
     progress((1 + len(names)) / (2 + len(names)), "exact fits")
-    mm = None
-    if "mm" in config.losses:
-        mm = jax.device_get(rl.fit_linear(data.X, data.y, rl.tukey))
+    mm = jax.device_get(rl.fit_linear(data.X, data.y, rl.tukey)) if config.exact else None
     return Result(
         data=data,
         losses=names,
@@ -170,7 +168,7 @@ def _run(config: Config, data: Data, names: tuple[str, ...], progress: Progress)
         objectives=np.array([objective for objective, *_ in described]),
         excesses=np.array(
             [
-                _excess(name, X / target_spread, data, *of)
+                _excess(name, X / target_spread, data if config.exact else None, *of)
                 for name, of in zip(names, described, strict=True)
             ]
         ),
@@ -282,7 +280,7 @@ def show(result: Result, console: Console) -> None:
             "-" if np.isnan(result.deltas[i]) else f"{result.deltas[i]:.4g}",
             f"{result.spreads[i]:.4g}",
             f"{result.objectives[i]:.5g}",
-            f"{result.excesses[i]:.0e}" if result.excesses[i] >= 1e-9 else "< 1e-9",
+            _small(result.excesses[i]),
             str(result.steps[i]),
             "yes" if result.converged[i] else "no",
             f"{result.seconds[i]:.2f}",
@@ -422,8 +420,8 @@ def _known(name: str) -> str:
     """The library's name of a loss, or an error with the nearest one."""
     name = ALIASES.get(name.lower(), name)
     if name not in rl.LOSSES:
-        near = difflib.get_close_matches(name, [*rl.LOSSES, *ALIASES, "mm"], n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(rl.LOSSES)}, mm."
+        near = difflib.get_close_matches(name, [*rl.LOSSES, *ALIASES], n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(rl.LOSSES)}."
         raise UsageError(f"no loss is called {name!r}; {hint}")
     if has_delta(name) and np.isnan(tuned(name, efficiency=0.95)):
         raise UsageError(f"no delta makes {name} 95 % efficient: nothing to compare it at.")
@@ -455,13 +453,18 @@ def _plane(params: jax.Array, X: jax.Array) -> jax.Array:
 
 
 def _excess(
-    name: str, X: np.ndarray, data: Data, objective: float, _: np.ndarray, psi: np.ndarray,
-    bend: np.ndarray,
+    name: str, X: np.ndarray, data: Data | None, objective: float, _: np.ndarray,
+    psi: np.ndarray, bend: np.ndarray,
 ) -> float:  # fmt: skip
-    """How far above the exact minimum, over the objective: to second order, if it is smooth."""
+    """How far above the exact minimum, over the objective: to second order, if it is smooth.
+
+    With a kink it takes an exact fit to the data; NaN without.
+    """
     if objective == 0:
         return 0.0
     if _has_kink(name):
+        if data is None:
+            return np.nan
         best = rl.fit_linear(data.X, data.y, with_delta(name, np.nan))
         exact = float(rl.mean(with_delta(name, np.nan), best.residuals))
         return max(objective - exact, 0.0) / objective
@@ -483,6 +486,10 @@ def _described(name: str, delta: float, residuals: jax.Array) -> tuple[jax.Array
         rl.influence(loss, residuals),
         rl.curvature(loss, residuals),
     )
+
+
+def _small(x: float) -> str:
+    return "-" if np.isnan(x) else "< 1e-9" if x < 1e-9 else f"{x:.0e}"
 
 
 def _low(result: Result) -> dict[str, np.ndarray]:

@@ -44,15 +44,15 @@ LIMITS = {  # of copy's time, of the peer's time
     "log_cosh": (None, 1.0),
 }
 FIT_LIMITS = {  # how many times as fast as the peer, at the sizes of the default settings
-    "sklearn HuberRegressor": 1,
-    "statsmodels RLM": 10,
-    "sklearn, a loop": 5,
-    "sklearn QuantileRegressor": 100,
-    "R robustbase lmrob": 2.5,
+    "sklearn HuberRegressor": 3,
+    "statsmodels RLM": 30,
+    "sklearn, a loop": 50,
+    "sklearn QuantileRegressor": 200,
+    "R robustbase lmrob": 5,
 }
 ERROR_LIMIT = 1e-7  # of the exact answer
 GROWTH_LIMIT = 1.5  # times what a linear fit's time would be, from 1/100 of the rows
-MEMORY_LIMIT = 3.5  # times the data
+MEMORY_LIMIT = 2.0  # times the data
 IMPORT_LIMIT = 0.1  # seconds
 
 
@@ -140,28 +140,31 @@ def _fits(config: Config, progress: Progress) -> tuple[dict[str, Timing], dict[i
 
 
 def check(result: Result) -> None:
-    """The promises, as ratios of medians."""
+    """The promises, as ratios of medians; tells all that are missed."""
+    missed = []
     for name, (of_copy, of_peer) in LIMITS.items():
-        if of_copy is not None:
-            ratio = _ratio(result, name, "copy")
-            assert ratio <= of_copy, f"{name} takes {ratio:.2f} times a copy, not {of_copy}"
-        if of_peer is not None:
-            ratio = _ratio(result, name, f"optax: {name}")
-            assert ratio <= of_peer, f"{name} takes {ratio:.2f} times optax's, not {of_peer}"
-    assert result.imports <= IMPORT_LIMIT, f"the import adds {result.imports:.2f} s"
+        for limit, other in ((of_copy, "copy"), (of_peer, f"optax: {name}")):
+            if limit is not None and (ratio := _ratio(result, name, other)) > limit:
+                missed.append(f"{name} takes {ratio:.2f} times {other}, not {limit}")
+    if result.imports > IMPORT_LIMIT:
+        missed.append(f"the import adds {result.imports:.2f} s, not {IMPORT_LIMIT}")
     for name, timing in result.fits.items():
-        assert timing.converged, f"{name} did not converge"
+        if not timing.converged:
+            missed.append(f"{name} did not converge")
         for peer, seconds in timing.peers.items():
-            faster = np.median(seconds) / np.median(timing.ours)
-            limit = FIT_LIMITS.get(peer, 0)
-            assert faster >= limit, f"{name} is {faster:.1f} times as fast as {peer}, not {limit}"
-        if timing.error is not None:
-            assert timing.error <= ERROR_LIMIT, f"{name} is off by {timing.error:.1e}"
+            faster, limit = np.median(seconds) / np.median(timing.ours), FIT_LIMITS.get(peer, 0)
+            if faster < limit:
+                missed.append(f"{name} is {faster:.1f} times as fast as {peer}, not {limit}")
+        if timing.error is not None and not timing.error <= ERROR_LIMIT:
+            missed.append(f"{name} is off by {timing.error:.1e}, not {ERROR_LIMIT}")
     if result.growth:
         first, *_, last = result.growth
         ratio = result.growth[last] / result.growth[first] / (last / first)
-        assert ratio <= GROWTH_LIMIT, f"{ratio:.2f} times linear in the number of rows"
-        assert result.memory <= MEMORY_LIMIT, f"{result.memory:.2f} times the data in memory"
+        if ratio > GROWTH_LIMIT:
+            missed.append(f"time is {ratio:.2f} times linear in the rows, not {GROWTH_LIMIT}")
+        if result.memory > MEMORY_LIMIT:
+            missed.append(f"memory is {result.memory:.2f} times the data, not {MEMORY_LIMIT}")
+    assert not missed, "; ".join(missed)
 
 
 def show(result: Result, console: Console) -> None:

@@ -4,9 +4,7 @@ Every one is consistent at the normal (of a large normal sample it is the standa
 moves with the data (`scale(a x + b) = |a| scale(x)`) and is exactly 0 where the data have no
 spread, which is for the caller to handle.
 
-Of weights only the ratios count. An order statistic is selected, not sorted for: bisection on
-the bits of the answer, each step one count over the data, takes a hundredth part of the time
-of a sort or less, and is as exact.
+Of weights only the ratios count.
 """
 
 from __future__ import annotations
@@ -22,6 +20,16 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from robustloss._order_statistics import (
+    as_integers,
+    count,
+    in_order,
+    is_weighted,
+    median,
+    ranked,
+    rounding,
+    weight_of,
+)
 from robustloss.losses._elementwise import (
     at_least_float32,
     check_loss,
@@ -231,7 +239,7 @@ def _proposal2(
     centers: bool, x: Array, w: Array | None, k: Array, lost: Array
 ) -> tuple[Array, Array]:
     """Location and scale, the location being 0 if it is not to be found."""
-    start = _median(x, w) if centers else jnp.zeros_like(x, shape=())
+    start = median(x, w) if centers else jnp.zeros_like(x, shape=())
     r, each = _gap(x, start), _each(x, w)
     size = jnp.sum(each)
     inner = lax.erf(k * math.sqrt(0.5))
@@ -240,11 +248,11 @@ def _proposal2(
 
     def clipped(out: Array) -> Array:
         """What sum(psi**2) comes to where these are clipped and no other point has a spread."""
-        others = _sum(each, ~out)
+        others = weight_of(each, ~out)
         tilt = jnp.sum(jnp.where(out, jnp.sign(r) * each, 0)) if centers else 0
         return k * k * (size - others + tilt**2 / jnp.where(others > 0, others, 1))
 
-    slack = _slack(r) * size
+    slack = rounding(r) * size
     none = clipped(r != 0) <= target + slack
     endless = clipped(jnp.isinf(r)) >= target - slack
     r = _finite(r)
@@ -264,7 +272,7 @@ def _proposal2_root(
         z = (r - m) / s
         psi = jnp.clip(z, -k, k)
         pull = jnp.sum(each * psi) if centers else jnp.zeros_like(s)
-        sides = jnp.stack([_sum(each, z < -k), _sum(each, z > k)])
+        sides = jnp.stack([weight_of(each, z < -k), weight_of(each, z > k)])
         return pull, jnp.sum(each * psi * psi), sides
 
     def step(state: Any) -> Any:
@@ -281,7 +289,7 @@ def _proposal2_root(
         # Fewer are clipped at a larger scale, so from there Newton's approaches step by step.
         better = solved | (error <= best / 2) | ((square <= target) & (fast[1] < s))
         new = [jnp.where(better, f, g) for f, g in zip(fast, slow, strict=True)]
-        still = jnp.abs(new[0] - m) + jnp.abs(new[1] - s) < _slack(r) * s
+        still = jnp.abs(new[0] - m) + jnp.abs(new[1] - s) < rounding(r) * s
         return *new, jnp.where(better, error, best), steps + 1, solved | still
 
     finite = (jnp.abs(r) < float(jnp.finfo(r.dtype).max)) & (each > 0)
@@ -296,7 +304,7 @@ def _newton(
 ) -> tuple[Array, Array]:
     """The solution if those clipped at (m, s) are clipped at the solution, else maybe NaN."""
     low, high = (r - m) / s < -k, (r - m) / s > k
-    n_low, n_high, n = _sum(each, low), _sum(each, high), _sum(each, ~(low | high))
+    n_low, n_high, n = weight_of(each, low), weight_of(each, high), weight_of(each, ~(low | high))
     some = jnp.where(n > 0, n, 1)
     # In units of the largest one left, so that no square under- or overflows.
     inside = jnp.where(low | high | (each == 0), 0, r)
@@ -338,7 +346,7 @@ def qn(x: ArrayLike, *, where: ArrayLike | None = None, axis: Axis = None) -> Ar
 
 @jax.jit
 def _qn(x: Array, w: Array | None) -> Array:
-    x, n = _sorted(x, w)
+    x, n = in_order(x, w)
     i = jnp.arange(x.size, dtype=jnp.int32)
     h = n // 2 + 1
     fixed = lax.stop_gradient(x)
@@ -365,7 +373,7 @@ def _qn(x: Array, w: Array | None) -> Array:
             jnp.where(enough, end, last),
         )
 
-    infinity = _bits(jnp.full_like(x, jnp.inf, shape=()))
+    infinity = as_integers(jnp.full_like(x, jnp.inf, shape=()))
     start = jnp.zeros_like(infinity), infinity, i + 1, jnp.maximum(i + 1, n)
     bits, _, j, last = lax.while_loop(lambda state: state[0] < state[1], bisect, start)
     distance = lax.bitcast_convert_type(bits, x.dtype)
@@ -406,7 +414,7 @@ def sn(x: ArrayLike, *, where: ArrayLike | None = None, axis: Axis = None) -> Ar
 
 @jax.jit
 def _sn(x: Array, w: Array | None) -> Array:
-    x, n = _sorted(x, w)
+    x, n = in_order(x, w)
     i = jnp.arange(x.size, dtype=jnp.int32)
     h = n // 2 + 1
     # The h nearest to x_i are some x_left ... x_(left + h - 1), and the farthest is at either end.
@@ -428,7 +436,7 @@ def _sn(x: Array, w: Array | None) -> Array:
     to_left = _gap(x, x[jnp.maximum(left - 1, 0)])
     right = (left <= highest) & ((left <= lowest) | (to_right <= to_left))
     each = jnp.where(right, to_right, to_left)
-    index, _ = _order(each, (i < n).astype(jnp.int32), (n + 1) // 2, (n + 1) // 2)
+    index, _ = ranked(each, (i < n).astype(jnp.int32), (n + 1) // 2, (n + 1) // 2)
     return _SN * _flat_at_0(each[index])
 
 
@@ -536,9 +544,9 @@ def _m_scale(loss: Loss, centers: bool, x: Array, w: Array | None, share: Array)
     r = _centered(x, w) if centers else x
     bound = _bound(loss, r.dtype)
     each = _each(r, w)
-    size, slack = jnp.sum(each), _slack(r)
-    none = _sum(each, r != 0) <= share * size * (1 + slack)
-    endless = _sum(each, jnp.isinf(r)) >= share * size * (1 - slack)
+    size, slack = jnp.sum(each), rounding(r)
+    none = weight_of(each, r != 0) <= share * size * (1 + slack)
+    endless = weight_of(each, jnp.isinf(r)) >= share * size * (1 - slack)
     done = none | endless | jnp.isnan(share * bound)
 
     def excess(s: Array) -> tuple[Array, Array]:
@@ -554,14 +562,14 @@ def _m_scale(loss: Loss, centers: bool, x: Array, w: Array | None, share: Array)
         above, slope = lax.stop_gradient(excess(s))
         low, high = jnp.where(above > 0, s, low), jnp.where(above > 0, high, s)
         newton = s * jnp.exp(jnp.clip(above / slope, -3, 3))
-        middle = _bits(low) + (_bits(high) - _bits(low)) // 2
+        middle = as_integers(low) + (as_integers(high) - as_integers(low)) // 2
         inside = (newton >= low) & (newton <= high) & (steps < 30)
         new = jnp.where(inside, newton, lax.bitcast_convert_type(middle, r.dtype))
         return new, low, high, steps + 1, jnp.abs(new - s) <= slack * s
 
     a = lax.stop_gradient(jnp.abs(r))
     rank = (1 - share) * size
-    index, _ = _order(a, each, rank, rank)
+    index, _ = ranked(a, each, rank, rank)
     s = jnp.where(done | ~(a[index] > 0), 1, a[index])
     ends = jnp.zeros_like(s), jnp.full_like(s, jnp.finfo(r.dtype).max)
     start = lax.stop_gradient((s, *ends, jnp.int32(0), done))
@@ -588,21 +596,8 @@ def _bound(loss: Loss, dtype: Any) -> Array:
     return bound * jnp.where(jnp.isfinite(bound), 1, jnp.nan)
 
 
-# Order statistics of one row, x of shape (n,). Its weights are None, where every entry counts
-# as 1, integers 0 and 1, or floating; an entry that is dropped has the weight 0 and a finite x.
-
-
-def _median(x: Array, w: Array | None) -> Array:
-    n = _size(x, w)
-    low, high = (n + 1) // 2, n // 2 + 1
-    if _weighted(w):
-        low, high = 0.5 * n * (1 - _slack(x)), 0.5 * n * (1 + _slack(x))
-    i, j = _order(x, w, low, high)
-    return 0.5 * x[i] + 0.5 * x[j]
-
-
 def _centered(x: Array, w: Array | None) -> Array:
-    return _gap(x, _median(x, w))
+    return _gap(x, median(x, w))
 
 
 def _gap(x: Array, y: Array) -> Array:
@@ -617,16 +612,16 @@ def _flat_at_0(s: Array) -> Array:
 
 
 def _deviation(r: Array, w: Array | None) -> Array:
-    return _median(absolute_error(r), w)
+    return median(absolute_error(r), w)
 
 
 def _quartiles(x: Array, w: Array | None) -> list[Array]:
-    if w is not None and _weighted(w):
+    if w is not None and is_weighted(w):
         return _weighted_quartiles(x, w)
-    ends = _size(x, w) - 1
+    ends = count(x, w) - 1
     quartiles = []
     for rank in (ends, 3 * ends):
-        i, j = _order(x, w, rank // 4 + 1, rank // 4 + 2)
+        i, j = ranked(x, w, rank // 4 + 1, rank // 4 + 2)
         part = (rank % 4).astype(x.dtype) / 4
         quartiles.append(jnp.where(part == 0, x[i], (1 - part) * x[i] + part * x[j]))
     return quartiles
@@ -645,108 +640,13 @@ def _weighted_quartiles(x: Array, w: Array) -> list[Array]:
     return quartiles
 
 
-def smallest(x: Array, rank: ArrayLike) -> Array:
-    """The entry of x, which is (n,), that has `rank` at or below it; not for differentiation."""
-    return x[_order(x, None, rank, rank)[0]]
-
-
-def _order(x: Array, w: Array | None, low: Any, high: Any) -> tuple[Array, Array]:
-    """Where the first entries are that have these weights at or below them, `high` next to `low`.
-
-    A bracket (first, last] of the answer is narrowed by interpolating between the weights up to
-    its ends, every third time by halving it as integers of the same order, which no data can
-    slow down; once few entries are left in it, they are met in turn.
-    """
-    x = lax.stop_gradient(x)
-    kept = True if w is None else w > 0
-    sign = jnp.iinfo(_bits(x).dtype).max
-    few = 4 if not _weighted(w) else 4 * _size(x, w) / x.size
-
-    def key(value: Array) -> Array:
-        bits = _bits(value)
-        return jnp.where(bits < 0, bits ^ sign, bits)
-
-    def number(key: Array) -> Array:
-        return lax.bitcast_convert_type(jnp.where(key < 0, key ^ sign, key), x.dtype)
-
-    def narrow(state: Any) -> Any:
-        first, last, below, upto, steps = state
-        part = (low - below).astype(x.dtype) / (upto - below).astype(x.dtype)
-        guess = first + (last - first) * part
-        a, b = key(first), key(last)
-        middle = number((a & b) + ((a ^ b) >> 1))  # their mean, which cannot overflow
-        halve = (steps % 3 == 2) | ~((guess > first) & (guess < last))
-        here = jnp.where(halve, middle, guess)
-        weight = _sum(w, x <= here)
-        enough = weight >= low
-        return (
-            jnp.where(enough, first, here),
-            jnp.where(enough, here, last),
-            jnp.where(enough, below, weight),
-            jnp.where(enough, weight, upto),
-            steps + 1,
-        )
-
-    def meet(state: Any) -> Any:
-        first, last, _, upto, _ = lax.while_loop(
-            lambda state: (state[3] - state[2] > few) & (state[4] < 24),
-            narrow,
-            (*state[:4], jnp.int32(0)),
-        )
-        there = jnp.min(jnp.where(~(x <= first) & kept, x, jnp.inf))
-        upto_there = _sum(w, x <= there)
-        return there, last, upto_there, upto, (upto_there < low) & (there < jnp.inf)
-
-    lowest = jnp.min(x, where=kept, initial=jnp.inf)
-    # Below it by more than a subnormal number, which may count as 0.
-    lower = lowest - jnp.maximum(jnp.abs(lowest), float(jnp.finfo(x.dtype).tiny))
-    lower = jnp.where(lowest > -jnp.inf, lower, number(key(lowest) - 1))
-    highest = jnp.max(x, where=kept, initial=-jnp.inf)
-    everything = _size(x, w)
-    start = lower, highest, jnp.zeros_like(everything), everything, jnp.asarray(True)
-    there, *_ = lax.while_loop(lambda state: state[-1], meet, start)
-    above = jnp.min(jnp.where((x > there) & kept, x, jnp.inf))
-    following = jnp.where(_sum(w, x <= there) >= high, there, above)
-    return jnp.argmax((x == there) & kept), jnp.argmax((x == following) & kept)
-
-
-def _sorted(x: Array, w: Array | None) -> tuple[Array, Array]:
-    """What is kept in sorted order, then infinity; and how many are kept."""
-    return jnp.sort(x if w is None else jnp.where(w > 0, x, jnp.inf)), _size(x, w)
-
-
-def _weighted(w: Array | None) -> bool:
-    return w is not None and jnp.issubdtype(w.dtype, jnp.floating)
-
-
-def _size(x: Array, w: Array | None) -> Array:
-    return jnp.int32(x.size) if w is None else jnp.sum(w, dtype=w.dtype)
-
-
-def _sum(w: Array | None, chosen: Array) -> Array:
-    """The weight of those chosen."""
-    if w is None:
-        return jnp.sum(chosen, dtype=jnp.int32)
-    return jnp.sum(chosen.astype(w.dtype) * w, dtype=w.dtype)
-
-
 def _each(x: Array, w: Array | None) -> Array:
     return jnp.ones_like(x) if w is None else w.astype(x.dtype)
-
-
-def _bits(x: Array) -> Array:
-    """x >= 0 as integers of the same order."""
-    return lax.bitcast_convert_type(x, jnp.int64 if x.dtype == jnp.float64 else jnp.int32)
 
 
 def _finite(x: Array) -> Array:
     """inf as the largest number, lest 0 * inf make a NaN of a derivative."""
     return jnp.clip(x, -float(jnp.finfo(x.dtype).max), float(jnp.finfo(x.dtype).max))
-
-
-def _slack(x: Array) -> float:
-    """How far sums of weights may be from equal and count as equal."""
-    return 8 * float(jnp.finfo(x.dtype).eps)
 
 
 def _over_axis(

@@ -18,6 +18,7 @@ from robustloss.linear._choice import (
     redescends,
     residual_scale,
     s_loss,
+    scale_of,
     takes,
     tuned,
 )
@@ -136,7 +137,7 @@ the rows cannot carry off, then the M-estimate next to it, at its scale |
         raise ValueError("tuning sets delta, but this loss has no free delta")
     if tuning is None:
         tuning = tuned(loss) if free else 1.0
-    if method == "mm" and scale != "mad":
+    if method == "mm" and not (isinstance(scale, str) and scale == "mad"):
         raise ValueError(f'method="mm" estimates its own scale, got scale={scale!r}')
     estimated, number = residual_scale(scale, w is not None)
     # One minimum is found from anywhere, several only from where one starts.
@@ -169,7 +170,7 @@ def _fit_linear(
         def spread(of: Problem, r: Array, _: Array) -> Array:
             if of_residuals is None:
                 return given
-            return jnp.maximum(_of_residuals(of_residuals, r, of), floor)
+            return jnp.maximum(scale_of(of_residuals, r, of), floor)
 
         if method == "interior_point":
             vertex = quantile_fit(of, level)
@@ -254,8 +255,3 @@ def _data(X: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:
     dtype = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.result_type(float)
     dtype = at_least_float32(dtype)
     return X.astype(dtype), y.astype(dtype)
-
-
-def _of_residuals(scale: Partial, r: Array, of: Problem) -> Array:
-    known = {"center": 0.0, "where": of.keep, "weights": of.w, "ddof": of.rank}
-    return scale(r, **{name: x for name, x in known.items() if takes(scale.func, name)})

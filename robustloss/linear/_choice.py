@@ -15,6 +15,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from robustloss import scale as scales
+from robustloss.linear._problem import Problem
 from robustloss.losses._elementwise import with_leaves
 from robustloss.losses.asymmetric import quantile
 from robustloss.losses.convex import absolute_error
@@ -29,6 +30,7 @@ METHODS = ("irls", "interior_point", "mm")
 
 
 def checked_method(loss: Loss, method: str | None) -> str:
+    """The method asked for, if it is made for the loss, or else the one that is."""
     if method is None:
         if _base(loss) in (absolute_error, quantile):
             return "interior_point"
@@ -132,3 +134,9 @@ def residual_scale(
     if weighted and not takes(scale, "weights"):
         raise ValueError(f"weights were given, but the scale {_base(scale).__name__} takes none")
     return with_leaves(scale), 1.0
+
+
+def scale_of(scale: Partial, r: Array, of: Problem) -> Array:
+    """Of residuals about 0, with what else of the problem the function takes."""
+    known = {"center": 0.0, "where": of.keep, "weights": of.w, "ddof": of.rank}
+    return scale(r, **{name: x for name, x in known.items() if takes(scale.func, name)})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import gcd
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -59,9 +59,9 @@ def problem(X: Array, y: Array, keep: Array | None, w: Array | None, intercept: 
     n, p = X.shape
     y = y if keep is None else jnp.where(keep, y, 0)
     some = spaced(keep, n, _SAMPLE)
-    kept = None if keep is None else keep[some]
-    if not isinstance(some, slice):
-        kept = kept & (some < n)
+    kept = None
+    if keep is not None and not isinstance(some, slice):
+        kept = keep[some] & (some < n)
     # Of most of the rows: one wild entry must not flatten the others.
     table = jnp.concatenate([X[some], y[some, None]], axis=1)
     middles = _median(table, kept) if intercept else jnp.zeros(p + 1, X.dtype)
@@ -140,13 +140,17 @@ def rows(of: Problem) -> Array:
     return q if of.keep is None else jnp.where(of.keep[:, None], q, 0)
 
 
+@overload
+def spaced(keep: Array, n: int, count: int) -> Array: ...
+@overload
+def spaced(keep: Array | None, n: int, count: int) -> slice | Array: ...
 def spaced(keep: Array | None, n: int, count: int) -> slice | Array:
-    """About `count` of n rows at equal distances, whichever are kept; n stands for none."""
-    if keep is None or n <= count:
+    """About `count` of n rows at equal distances, of those that are kept; n stands for none."""
+    if keep is None:
         return slice(None, None, -(-n // count))
     step = jnp.maximum(1, -(-jnp.sum(keep, dtype=jnp.int32) // count))
     chosen = keep & ((jnp.cumsum(keep, dtype=jnp.int32) - 1) % step == 0)
-    return jnp.nonzero(chosen, size=count, fill_value=n)[0].astype(jnp.int32)
+    return jnp.nonzero(chosen, size=min(n, count), fill_value=n)[0].astype(jnp.int32)
 
 
 def part(of: Problem, which: slice | Array) -> Problem:

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from robustloss._order_statistics import smallest
 from robustloss.linear._problem import Problem, part, predictions, rows, solve
 from robustloss.linear.irls import Estimate, m_estimate
-from robustloss.scale import smallest
 from robustloss.views import weight
 
 Loss = Callable[..., Array]

@@ -22,7 +22,7 @@ At = Callable[[Array], Callable[..., Array]]
 Spread = Callable[[Problem, Array, Array], Array]
 """The scale of residuals, or what comes closer to it than the last one."""
 
-_MANY = 2**16  # rows, for which a part of them shows where to start
+MANY = 2**16  # rows, for which a part of them shows where to start
 _PART = 2**13
 
 
@@ -51,7 +51,7 @@ def least_squares(of: Problem) -> Array:
 def thinned(of: Problem) -> Problem | None:
     """A part of the rows, if they are many: where a convex problem may start from."""
     n = len(of.y)
-    if n < _MANY:
+    if n < MANY:
         return None
     whole = of.w is None and of.keep is None
     return part(of, spaced(None if whole else of.each() > 0, n, _PART))

@@ -1,0 +1,118 @@
+"""Order statistics of one row, selected, not sorted for.
+
+An order statistic takes a few counts over the data, a small part of the time of a sort, and is as
+exact. A row x has the shape (n,). Its weights are None, where every entry counts as 1, integers
+0 and 1, or floating; an entry that is dropped has the weight 0 and a finite x.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+
+def median(x: Array, w: Array | None) -> Array:
+    n = count(x, w)
+    low, high = (n + 1) // 2, n // 2 + 1
+    if is_weighted(w):
+        low, high = 0.5 * n * (1 - rounding(x)), 0.5 * n * (1 + rounding(x))
+    i, j = ranked(x, w, low, high)
+    return 0.5 * x[i] + 0.5 * x[j]
+
+
+def smallest(x: Array, rank: ArrayLike) -> Array:
+    """The entry of x, which is (n,), that has `rank` at or below it; not for differentiation."""
+    return x[ranked(x, None, rank, rank)[0]]
+
+
+def ranked(x: Array, w: Array | None, low: Any, high: Any) -> tuple[Array, Array]:
+    """Where the first entries are that have these weights at or below them, `high` next to `low`.
+
+    A bracket (first, last] of the answer is narrowed by interpolating between the weights up to
+    its ends, every third time by halving it as integers of the same order, which no data can
+    slow down; once few entries are left in it, they are met in turn.
+    """
+    x = lax.stop_gradient(x)
+    kept = True if w is None else w > 0
+    sign = jnp.iinfo(as_integers(x).dtype).max
+    few = 4 if not is_weighted(w) else 4 * count(x, w) / x.size
+
+    def key(value: Array) -> Array:
+        bits = as_integers(value)
+        return jnp.where(bits < 0, bits ^ sign, bits)
+
+    def number(key: Array) -> Array:
+        return lax.bitcast_convert_type(jnp.where(key < 0, key ^ sign, key), x.dtype)
+
+    def narrow(state: Any) -> Any:
+        first, last, below, upto, steps = state
+        part = (low - below).astype(x.dtype) / (upto - below).astype(x.dtype)
+        guess = first + (last - first) * part
+        a, b = key(first), key(last)
+        middle = number((a & b) + ((a ^ b) >> 1))  # their mean, which cannot overflow
+        halve = (steps % 3 == 2) | ~((guess > first) & (guess < last))
+        here = jnp.where(halve, middle, guess)
+        weight = weight_of(w, x <= here)
+        enough = weight >= low
+        return (
+            jnp.where(enough, first, here),
+            jnp.where(enough, here, last),
+            jnp.where(enough, below, weight),
+            jnp.where(enough, weight, upto),
+            steps + 1,
+        )
+
+    def meet(state: Any) -> Any:
+        first, last, _, upto, _ = lax.while_loop(
+            lambda state: (state[3] - state[2] > few) & (state[4] < 24),
+            narrow,
+            (*state[:4], jnp.int32(0)),
+        )
+        there = jnp.min(jnp.where(~(x <= first) & kept, x, jnp.inf))
+        upto_there = weight_of(w, x <= there)
+        return there, last, upto_there, upto, (upto_there < low) & (there < jnp.inf)
+
+    lowest = jnp.min(x, where=kept, initial=jnp.inf)
+    # Below it by more than a subnormal number, which may count as 0.
+    lower = lowest - jnp.maximum(jnp.abs(lowest), float(jnp.finfo(x.dtype).tiny))
+    lower = jnp.where(lowest > -jnp.inf, lower, number(key(lowest) - 1))
+    highest = jnp.max(x, where=kept, initial=-jnp.inf)
+    everything = count(x, w)
+    start = lower, highest, jnp.zeros_like(everything), everything, jnp.asarray(True)
+    there, *_ = lax.while_loop(lambda state: state[-1], meet, start)
+    above = jnp.min(jnp.where((x > there) & kept, x, jnp.inf))
+    following = jnp.where(weight_of(w, x <= there) >= high, there, above)
+    return jnp.argmax((x == there) & kept), jnp.argmax((x == following) & kept)
+
+
+def in_order(x: Array, w: Array | None) -> tuple[Array, Array]:
+    """What is kept in sorted order, then infinity; and how many are kept."""
+    return jnp.sort(x if w is None else jnp.where(w > 0, x, jnp.inf)), count(x, w)
+
+
+def is_weighted(w: Array | None) -> bool:
+    return w is not None and jnp.issubdtype(w.dtype, jnp.floating)
+
+
+def count(x: Array, w: Array | None) -> Array:
+    return jnp.int32(x.size) if w is None else jnp.sum(w, dtype=w.dtype)
+
+
+def weight_of(w: Array | None, chosen: Array) -> Array:
+    """The weight of those chosen."""
+    if w is None:
+        return jnp.sum(chosen, dtype=jnp.int32)
+    return jnp.sum(chosen.astype(w.dtype) * w, dtype=w.dtype)
+
+
+def as_integers(x: Array) -> Array:
+    """x >= 0 as integers of the same order."""
+    return lax.bitcast_convert_type(x, jnp.int64 if x.dtype == jnp.float64 else jnp.int32)
+
+
+def rounding(x: Array) -> float:
+    """How far sums of weights may be from equal and count as equal."""
+    return 8 * float(jnp.finfo(x.dtype).eps)

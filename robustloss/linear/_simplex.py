@@ -1,0 +1,147 @@
+"""The simplex method on vertices: from one next to the optimum, along edges that lead down.
+
+A vertex is named by its basis, k rows which are met exactly. From it lead 2 k edges, along each
+of which one of them is no longer met.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+
+class Others(NamedTuple):
+    """What the rows that take no part add, each on a side that it is taken to stay on."""
+
+    pull: Array
+    """(k,) the sum of `level q` above and `(level - 1) q` below"""
+    size: Array
+    """(k,) of the terms of that sum"""
+    value: Array
+    """the sum of `level y` above and `(level - 1) y` below"""
+
+
+class Basis(NamedTuple):
+    rows: Array
+    b: Array
+    optimal: Array
+    unique: Array
+    steps: Array
+
+
+def simplex(
+    a: Array,
+    y: Array,
+    kept: Array,
+    level: Array,
+    others: Others,
+    near: Array,
+    steps: ArrayLike = 200,
+) -> Basis:
+    """From the vertex next to `near`, along edges that lead down."""
+    n, k = a.shape
+    eps = jnp.finfo(y.dtype).eps
+    empty = jnp.sum(a * a, axis=0) == 0
+    # A column of 0 is met by a row of its own, which nothing else depends on.
+    a = jnp.concatenate([a, jnp.diag(empty.astype(a.dtype))])
+    y = jnp.concatenate([y, jnp.zeros(k, y.dtype)])
+    kept = jnp.concatenate([kept, empty])
+    level = jnp.asarray(level, y.dtype)
+
+    def residuals(rows: Array) -> tuple[Array, Array, Array]:
+        square = a[rows]
+        lu = jax.scipy.linalg.lu_factor(square)
+        b = jax.scipy.linalg.lu_solve(lu, y[rows])
+        b = b + jax.scipy.linalg.lu_solve(lu, y[rows] - square @ b)
+        inverse = jax.scipy.linalg.lu_solve(lu, jnp.eye(k, dtype=a.dtype))
+        return b, inverse, (y - a @ b).at[rows].set(0)
+
+    def edges(rows: Array) -> tuple[Array, ...]:
+        """The slope along each edge, up and down, and what is needed to walk along one."""
+        b, inverse, e = residuals(rows)
+        met = jnp.abs(e) <= 16 * eps * (jnp.abs(y) + jnp.abs(a) @ jnp.abs(b))
+        e = jnp.where(met, 0, e)
+        inside = jnp.zeros(n + k, bool).at[rows].set(True)
+        pull = jnp.where(met, 0, jnp.where(e > 0, level, level - 1))
+        v = (a.T @ jnp.where(kept, pull, 0) + others.pull) @ inverse
+        size = jnp.abs(a).T @ jnp.where(kept, jnp.abs(pull), 0) + others.size
+        size = size @ jnp.abs(inverse)
+        # Rows that are met by chance have a slope of their own to either side.
+        chance = met & ~inside & kept
+
+        def of_chance() -> tuple[Array, Array]:
+            move = jnp.where(chance[:, None], a @ inverse, 0)
+            return quantile_loss(-move, level).sum(0), quantile_loss(move, level).sum(0)
+
+        def none() -> tuple[Array, Array]:
+            return jnp.zeros(k, a.dtype), jnp.zeros(k, a.dtype)
+
+        up, down = lax.cond(jnp.any(chance), of_chance, none)
+        slopes = jnp.stack([(1 - level) - v + up, level + v + down])
+        return slopes, 64 * eps * (size + 1), b, inverse, e
+
+    def walk(at: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        rows, taken, _ = at
+        slopes, noise, _, inverse, e = edges(rows)
+        side, j = jnp.unravel_index(jnp.argmin(slopes / noise), slopes.shape)
+        downhill = slopes[side, j] < -noise[j]
+        move = a @ inverse[:, j] * jnp.where(side == 0, 1, -1)
+        slope = jnp.where(downhill, slopes[side, j], jnp.inf)
+        row = jnp.where(downhill, _lowest(e, move, kept, slope), rows[j])
+        return rows.at[j].set(row.astype(jnp.int32)), taken + 1, ~downhill
+
+    start = _choose(a, y - a @ near, kept)
+    rows, taken, rest = lax.while_loop(
+        lambda at: ~at[2] & (at[1] < steps), walk, (start, jnp.int32(0), jnp.asarray(False))
+    )
+    slopes, noise, b, inverse, e = edges(rows)
+    # An edge that is level and not of length 0 leads to other optima.
+    chance = kept & (e == 0) & ~jnp.zeros(n + k, bool).at[rows].set(True)
+    blocked = jnp.any(chance[:, None] & (jnp.abs(a @ inverse) > eps), axis=0)
+    level_edges = (jnp.abs(slopes) <= noise) & ~blocked
+    unique = ~jnp.any(level_edges)
+    return Basis(jnp.where(rows < n, rows, n), b, rest, unique, taken)
+
+
+def _lowest(e: Array, move: Array, kept: Array, slope: Array) -> Array:
+    """The row where an edge stops to lead down; each that it meets adds to its slope."""
+    turns = kept & (e * move > 0)
+    ahead = jnp.where(turns, e / jnp.where(turns, move, 1), jnp.inf)
+
+    def further(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        slope, ahead, _ = state
+        i = jnp.argmin(ahead)
+        slope = jnp.where(ahead[i] < jnp.inf, slope + jnp.abs(move[i]), jnp.inf)
+        return slope, ahead.at[i].set(jnp.inf), i
+
+    return lax.while_loop(lambda state: state[0] < 0, further, (slope, ahead, jnp.asarray(0)))[2]
+
+
+def _choose(a: Array, e: Array, kept: Array) -> Array:
+    """Rows that are nearly met and far from depending on each other, as many as columns."""
+    n, k = a.shape
+    scale = jnp.max(jnp.abs(e), where=kept, initial=0)
+    info = jnp.finfo(e.dtype)
+    pull = jnp.where(kept, 1 / (jnp.abs(e) + info.eps * scale + info.tiny), 0)
+
+    def pick(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        left, rows, taken = state
+        size = jnp.sum(left * left, axis=1)
+        # What is left of a row that depends on those taken is rounding.
+        apart = size > 1e-10 * jnp.sum(a * a, axis=1)
+        row = jnp.argmax(jnp.where(apart & ~taken, jnp.sqrt(size) * pull, -1))
+        direction = left[row] / jnp.sqrt(jnp.where(size[row] > 0, size[row], 1))
+        left = left - (left @ direction)[:, None] * direction
+        return left, rows.at[i].set(row.astype(jnp.int32)), taken.at[row].set(True)
+
+    start = a, jnp.zeros(k, jnp.int32), jnp.zeros(n, bool)
+    _, rows, _ = lax.fori_loop(0, k, pick, start)
+    return rows
+
+
+def quantile_loss(e: Array, level: Array) -> Array:
+    return jnp.maximum(level * e, (level - 1) * e)
