@@ -1,9 +1,18 @@
 """Experiments: one file, one question. `python -m experiments` lists them."""
 
 from collections.abc import Callable
+from typing import Any
 
 Progress = Callable[[float, str], None]
 """Told the share that is done, and what is done next."""
+
+Keep = Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]]
+"""`keep(name, compute)` gives the arrays that `compute()` does, unless it has them already."""
+
+
+def compute(name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The `Keep` that has nothing already."""
+    return compute()
 
 
 class UsageError(ValueError):

@@ -5,8 +5,12 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
+import inspect
 import os
+import shutil
 import sys
+import time
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -53,24 +57,33 @@ def main(arguments: list[str]) -> int:
     except UsageError as error:
         return refuse(str(error))
     except KeyboardInterrupt:
-        print("\ninterrupted; nothing was written.", file=sys.stderr)
+        print(
+            "\ninterrupted; no results were written. A sweep goes on where it was when the same "
+            "command is run again.",
+            file=sys.stderr,
+        )
         return INTERRUPTED
 
 
-def perform(module: ModuleType, config: Any) -> int:
+def perform(module: ModuleType, config: Any, console: Console | None = None) -> int:
     """Runs, checks its finding, writes the results whole and shows them."""
     from experiments import _results  # noqa: PLC0415
 
     out = module.folder(config)
     _results.check_writable(out)
-    console = Console()
+    unfinished = _results.unfinished(out, config)
+    console = console or Console()
+    begin = time.perf_counter()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading", total=1.0)
 
         def progress(done: float, what: str) -> None:
             bar.update(task, completed=done, description=what)
 
-        result = module.run(config, progress)
+        sweeps = "keep" in inspect.signature(module.run).parameters
+        more = {"keep": partial(_results.kept, unfinished)} if sweeps else {}
+        result = module.run(config, progress, **more)
+        findings = module.findings(result)
         try:
             module.check(result)
         except AssertionError as finding:
@@ -78,8 +91,13 @@ def perform(module: ModuleType, config: Any) -> int:
         else:
             failed = ""
             progress(1.0, "writing")
-            _results.write(out, module.files(config, result))
+            files = module.files(config, result)
+            told = {"findings": findings, "seconds": time.perf_counter() - begin}
+            _results.write(out, _results.told(files, **told))
+            shutil.rmtree(unfinished, ignore_errors=True)
     module.show(result, console)
+    for sentence in findings:
+        console.print(f"- {sentence}", highlight=False, markup=False)
     if failed:
         print(f"error: {failed}", file=sys.stderr)
         return 1

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
@@ -69,10 +70,44 @@ def write(folder: Path, files: Mapping[str, bytes]) -> None:
         shutil.rmtree(staged, ignore_errors=True)
 
 
+def unfinished(folder: Path, config: Any) -> Path:
+    """Where `kept` puts what an interrupted run of these settings had, on this device."""
+    settings = {**asdict(config), "plots": None, "out": None}
+    digest = hashlib.sha256(_json([settings, environment()])).hexdigest()[:12]
+    return folder.parent / f".{folder.name}-{digest}"
+
+
+def kept(place: Path, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The arrays that `compute` gives; from its file, if an interrupted run had come so far."""
+    path = place / f"{name}.npz"
+    if path.exists():
+        with np.load(path) as file:
+            return dict(file)
+    found = {key: np.asarray(value) for key, value in compute().items()}
+    place.mkdir(parents=True, exist_ok=True)
+    staged = place / f"{name}-{os.getpid()}.new"
+    with staged.open("wb") as file:
+        np.savez(file, **found)
+    staged.replace(path)
+    return found
+
+
+def arrays(**content: Any) -> bytes:
+    """Arrays as one npz file."""
+    buffer = BytesIO()
+    np.savez_compressed(buffer, **{key: np.asarray(value) for key, value in content.items()})
+    return buffer.getvalue()
+
+
 def record(config: Any, **result: Any) -> bytes:
     """`result.json`: the result with its settings, versions and device."""
     content = {"settings": asdict(config), "environment": environment(), **result}
     return _json(content)
+
+
+def told(files: Mapping[str, bytes], **more: Any) -> dict[str, bytes]:
+    """The files, with more told in `result.json`."""
+    return {**files, MARK: _json({**json.loads(files.get(MARK, b"{}")), **more})}
 
 
 def _listing(files: Mapping[str, bytes]) -> bytes:

@@ -9,11 +9,10 @@ below twice the smallest normal number, which XLA on a CPU flushes to 0.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -28,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 import robustloss as rl
-from experiments import Progress, UsageError, _results
+from experiments import Keep, Progress, UsageError, _results, compute
 from experiments._losses import EXAMPLES, example, with_delta
 
 VIEWS = ("value", "slope", "curvature")
@@ -92,7 +91,9 @@ class Result(NamedTuple):
     half: dict[str, dict[str, dict[str, Worst]]]  # by dtype
 
 
-def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
+def run(
+    config: Config, progress: Progress = lambda done, what: None, keep: Keep = compute
+) -> Result:
     """Measures every loss."""
     if not 0 < config.delta < np.inf:
         raise UsageError(f"--delta must be a positive number, got {config.delta}.")
@@ -101,20 +102,27 @@ def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
     cases = {name: (name, partial(with_delta, name)) for name in LIMITS}
     cases |= OTHERS if config.others else {}
     chunks = -(-numbers // CHUNK)
-    kept = _unfinished(config)
-    done = _continued(kept, config)
+    single = {}
     with jax.enable_x64(True), ThreadPoolExecutor(os.cpu_count()) as threads:
         for i, (case, (name, loss)) in enumerate(cases.items()):
             measure = _measure(loss(config.delta), _truth(name, config.delta), numbers, stride)
-            for first in range(done.get(case, {}).get("chunks", 0), chunks, AT_ONCE):
-                progress((i + first / chunks) / len(cases), case)
-                last = min(first + AT_ONCE, chunks)
-                worst = done.get(case, {}).get("worst", [Worst()] * len(VIEWS))
-                for found in threads.map(measure, range(first, last)):
+
+            def block(first: int, measure: Any = measure) -> dict[str, Any]:
+                worst = [Worst()] * len(VIEWS)
+                for found in threads.map(measure, range(first, min(first + AT_ONCE, chunks))):
                     worst = [_merge(w, f) for w, f in zip(worst, found, strict=True)]
-                done[case] = {"chunks": last, "worst": worst}
-                if config.exhaustive:
-                    _keep(kept, config, done)
+                return dict(zip(VIEWS, worst, strict=True))
+
+            single[case] = dict.fromkeys(VIEWS, Worst())
+            for first in range(0, chunks, AT_ONCE):
+                progress((i + first / chunks) / len(cases), case)
+                found = keep(f"{case}-{first}", partial(block, first))
+                single[case] = {
+                    view: _merge(worst, Worst(float(u), float(at), int(wrong)))
+                    for (view, worst), (u, at, wrong) in zip(
+                        single[case].items(), (found[view] for view in VIEWS), strict=True
+                    )
+                }
         half = {
             dtype.__name__: {
                 case: _half(loss(config.delta), _truth(name, config.delta), dtype)
@@ -122,7 +130,6 @@ def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
             }
             for dtype in (jnp.float16, jnp.bfloat16)
         }
-    single = {case: dict(zip(VIEWS, done[case]["worst"], strict=True)) for case in cases}
     return Result(numbers, single, half)
 
 
@@ -144,17 +151,21 @@ def check(result: Result) -> None:
 def show(result: Result, console: Console) -> None:
     """The table."""
     console.print(_table(result))
-    console.print(
-        f"- The worst of {result.numbers:,} float32 numbers, and of all 65,536 of each 16-bit "
-        "type, but for the subnormal ones; 'wrong' counts results that are NaN or of the wrong "
-        "sign, or that over- or underflow on their own.",
-        highlight=False,
-    )
+
+
+def findings(result: Result) -> list[str]:
+    """What was found."""
+    worst = max(max(v.ulp for v in result.single[name].values()) for name in LIMITS)
+    return [
+        f"No loss of this library is off by more than {worst:.3g} units in the last place, of "
+        f"{result.numbers:,} float32 numbers, nor {HALF_LIMIT:g} of any in a 16-bit type, "
+        "but for the subnormal ones; 'wrong' counts results that are NaN or of the wrong sign, or "
+        "that over- or underflow on their own."
+    ]
 
 
 def files(config: Config, result: Result) -> dict[str, bytes]:
-    """What goes into the output folder; with that, nothing is unfinished."""
-    _unfinished(config).unlink(missing_ok=True)
+    """What goes into the output folder."""
     return {
         "result.json": _results.record(
             config,
@@ -358,37 +369,6 @@ def _power_of_2(x: Array) -> Array:
 
 def _merge(a: Worst, b: Worst) -> Worst:
     return Worst(*max((a.ulp, a.at), (b.ulp, b.at)), a.wrong + b.wrong)
-
-
-def _continued(kept: Path, config: Config) -> dict[str, Any]:
-    """What an interrupted run of the same settings had measured."""
-    if not (config.exhaustive and kept.exists()):
-        return {}
-    try:
-        state = json.loads(kept.read_text())
-    except ValueError:
-        return {}
-    if state["key"] != _key(config):
-        return {}
-    return {
-        case: {"chunks": of["chunks"], "worst": [Worst(*w) for w in of["worst"]]}
-        for case, of in state["done"].items()
-    }
-
-
-def _unfinished(config: Config) -> Path:
-    return folder(config).parent / f".{folder(config).name}-unfinished.json"
-
-
-def _keep(kept: Path, config: Config, done: dict[str, Any]) -> None:
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    staged = kept.with_suffix(".new")
-    staged.write_text(json.dumps({"key": _key(config), "done": done}))
-    staged.replace(kept)
-
-
-def _key(config: Config) -> Any:
-    return json.loads(json.dumps([asdict(config), _results.environment()], default=str))
 
 
 def _plain(losses: dict[str, dict[str, Worst]]) -> dict[str, Any]:

@@ -73,6 +73,9 @@ class Config:
     """Draw the pictures."""
 
 
+SMOKE = Config(losses=("squared_error", "huber"), exact=False)
+
+
 class Result(NamedTuple):
     """The fits, losses in the order asked for, everything in the data's own units."""
 
@@ -243,7 +246,7 @@ def findings(result: Result) -> list[str]:
 
 
 def show(result: Result, console: Console) -> None:
-    """The tables and the findings."""
+    """The tables."""
     data = result.data
     console.print(
         f"{data.name}: {data.target} from {', '.join(data.features)}; "
@@ -306,8 +309,6 @@ def show(result: Result, console: Console) -> None:
             highlight=False,
             markup=False,
         )
-    for sentence in findings(result):
-        console.print(f"- {sentence}", highlight=False, markup=False)
 
 
 def files(config: Config, result: Result) -> dict[str, bytes]:

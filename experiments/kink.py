@@ -46,6 +46,9 @@ class Config:
     """Draw the picture."""
 
 
+SMOKE = Config()
+
+
 class Result(NamedTuple):
     """What was measured."""
 
@@ -83,7 +86,7 @@ def check(result: Result) -> None:
 
 
 def show(result: Result, console: Console) -> None:
-    """The tables and the finding."""
+    """The tables."""
     table = Table("slope of |r|, forward / reverse", *POINTS)
     for name, slopes in result.slopes.items():
         table.add_row(name, *[f"{f:g} / {r:g}" for f, r in (slopes[p] for p in POINTS)])
@@ -92,13 +95,16 @@ def show(result: Result, console: Console) -> None:
     for what, whom, theirs, ours, truth in result.losses:
         table.add_row(what, whom, *[f"{v:.4g}" for v in (theirs, ours, truth)])
     console.print(table)
+
+
+def findings(result: Result) -> list[str]:
+    """What was found."""
     off = result.descent["kink = 1"].max()
-    console.print(
-        "- Gradient descent on MAE from an exact fit: with the slope 0 at 0 nothing moves; with "
+    return [
+        "Gradient descent on MAE from an exact fit: with the slope 0 at 0 nothing moves; with "
         f"the slope 1, that of jnp.abs, every other step is pushed off to an MAE of {off:.2g} "
-        "and comes back.",
-        highlight=False,
-    )
+        "and comes back."
+    ]
 
 
 def files(config: Config, result: Result) -> dict[str, bytes]:

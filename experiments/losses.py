@@ -70,6 +70,9 @@ class Loss(NamedTuple):
     breakdowns: np.ndarray
 
 
+SMOKE = Config()
+
+
 class Result(NamedTuple):
     """All of them, in units of the standard deviation of normal errors."""
 
@@ -140,12 +143,15 @@ def show(result: Result, console: Console) -> None:
             f"{loss.sensitivity:.4g}",
         )
     console.print(table)
-    console.print(
-        "- delta at 95 %: for 95 % efficiency of the M-estimate at the normal; at 50 %: for a "
+
+
+def findings(result: Result) -> list[str]:
+    """How to read the table."""
+    return [
+        "delta at 95 %: for 95 % efficiency of the M-estimate at the normal; at 50 %: for a "
         "breakdown point of 50 % of the S-estimate, which only a bounded loss has. Efficiency and "
-        "sensitivity are those at the first of these, or of the loss as it is where it has none.",
-        highlight=False,
-    )
+        "sensitivity are those at the first of these, or of the loss as it is where it has none."
+    ]
 
 
 def files(config: Config, result: Result) -> dict[str, bytes]:

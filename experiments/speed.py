@@ -182,10 +182,19 @@ def show(result: Result, console: Console) -> None:
     console.print(table)
     if result.fits:
         _show_fits(result, console)
-    console.print(
-        f"- On {result.device}; `import robustloss` adds {result.imports:.3f} s to `import jax`.",
-        highlight=False,
-    )
+
+
+def findings(result: Result) -> list[str]:
+    """What was found besides the times."""
+    said = [f"On {result.device}; `import robustloss` adds {result.imports:.3f} s to `import jax`."]
+    if result.fits:
+        grown = ", ".join(f"{seconds:.3g} s at {rows:,}" for rows, seconds in result.growth.items())
+        errors = [t.error for t in result.fits.values() if t.error is not None]
+        said += [
+            f"A Huber fit takes {grown} rows; off the exact answer by {max(errors):.1e} sd(y).",
+            f"Its memory, the data included, peaks at {result.memory:.2f} times the data.",
+        ]
+    return said
 
 
 def _show_fits(result: Result, console: Console) -> None:
@@ -198,13 +207,6 @@ def _show_fits(result: Result, console: Console) -> None:
             beside = (peer, f"{seconds:.3g}", f"{seconds / ours:.0f}") if peer else ("", "", "")
             table.add_row(*mine, *beside)
     console.print(table)
-    grown = ", ".join(f"{seconds:.3g} s at {rows:,}" for rows, seconds in result.growth.items())
-    errors = [t.error for t in result.fits.values() if t.error is not None]
-    console.print(
-        f"- A Huber fit takes {grown} rows; off the exact answer by {max(errors):.1e} sd(y).\n"
-        f"- Its memory, the data included, peaks at {result.memory:.2f} times the data.",
-        highlight=False,
-    )
 
 
 def files(config: Config, result: Result) -> dict[str, bytes]:

@@ -39,6 +39,9 @@ class Config:
     """Draw the picture."""
 
 
+SMOKE = Config(starts=100)
+
+
 class Result(NamedTuple):
     """What was found. Lines are intercept and slope."""
 
@@ -112,7 +115,7 @@ def check(result: Result) -> None:
 
 
 def show(result: Result, console: Console) -> None:
-    """The tables and the finding."""
+    """The tables."""
     table = Table("fit", "intercept", "slope")
     for name, line in result.lines.items():
         table.add_row(name, *[f"{v:.3f}" for v in line])
@@ -125,13 +128,18 @@ def show(result: Result, console: Console) -> None:
     ):
         table.add_row(str(i + 1), *[f"{v:.3f}" for v in line], f"{value:.2f}", f"{share:.1%}")
     console.print(table)
-    console.print(
-        "- Each of these is a solution to the last digit. From least squares, which the giants "
-        "have tilted, Tukey's loss keeps them and rejects none; from the S-estimate it rejects "
-        "them. No optimiser can tell which is meant, and the lowest need not be the robust one: "
-        "the start has to be.",
-        highlight=False,
-    )
+
+
+def findings(result: Result) -> list[str]:
+    """What was found."""
+    lowest, robust = result.minima[0], result.lines["MM: Tukey, from the S-estimate"]
+    which = "is" if np.allclose(lowest, robust, atol=1e-4) else "is not"
+    return [
+        f"Tukey's loss has {len(result.minima)} minima here, each of them a solution to the last "
+        f"digit, and the lowest {which} the robust one. From least squares, which the giants have "
+        "tilted, it keeps them and rejects none; from the S-estimate it rejects them. No optimiser "
+        "can tell which is meant: the start has to."
+    ]
 
 
 def files(config: Config, result: Result) -> dict[str, bytes]:

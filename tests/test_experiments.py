@@ -368,21 +368,27 @@ def test_speed_of_fits_runs():
     assert len(timing.ours) == len(timing.peers["peer"]) == 2
 
 
-def test_accuracy_continues_where_it_was_stopped(tmp_path, monkeypatch):
+def test_a_sweep_goes_on_where_it_was_killed(tmp_path, monkeypatch):
+    from functools import partial
+
     from experiments import accuracy
 
-    monkeypatch.setattr(accuracy, "CHUNK", 2**28)  # 16 chunks to a loss
+    monkeypatch.setattr(accuracy, "CHUNK", 2**20)
+    monkeypatch.setattr(accuracy, "AT_ONCE", 2)  # two chunks a block, of five
     monkeypatch.setattr(accuracy, "LIMITS", {"absolute_error": (0.5, 0.5, 0.5)})
-    config = accuracy.Config(exhaustive=True, others=False, out=tmp_path / "r")
-    kept = tmp_path / ".r-unfinished.json"
-    state = {"chunks": 16, "worst": [[0.25, 2.0, 0]] * 3}
-    tmp_path.mkdir(exist_ok=True)
-    accuracy._keep(kept, config, {"absolute_error": state})
-    result = accuracy.run(config)
-    assert result.single["absolute_error"]["value"].ulp == 0.25
-    assert kept.exists()  # until the results are written
-    files = accuracy.files(config, result)
-    assert not kept.exists()
-    assert json.loads(files["result.json"])["float32"]["absolute_error"]["value"]["ulp"] == 0.25
-    kept.write_text("torn")
-    assert accuracy._continued(kept, config) == {}
+    config = accuracy.Config(others=False, out=tmp_path / "r")
+    place = _results.unfinished(config.out, config)
+    whole = accuracy.run(config, keep=partial(_results.kept, place))
+    blocks = sorted(place.iterdir())
+    assert len(blocks) == 3
+    with np.load(blocks[1]) as file:
+        other = {name: np.array([0.25, 2.0, 0.0]) for name in file}
+    np.savez(blocks[1], **other)
+    blocks[2].rename(blocks[2].with_suffix(".new"))  # as kill -9 leaves it
+    again = accuracy.run(config, keep=partial(_results.kept, place))
+    assert again.single["absolute_error"]["value"].ulp == 0.25  # what was kept counts
+    assert whole.single["absolute_error"]["value"].ulp == 0
+    assert blocks[2].exists()
+    elsewhere = _results.unfinished(config.out, replace(config, delta=2.0))
+    assert elsewhere != place
+    assert _results.unfinished(config.out, replace(config, out=None)) == place

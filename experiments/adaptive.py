@@ -1,0 +1,244 @@
+"""Does a learned shape find the right loss?
+
+`general_nll` with its alpha and scale learned along with the model, beside fixed losses: on linear
+fits with the noise laws of `efficiency`, where it should be near the best of them each time without
+being told which; and on the network of `network` with corrupted targets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib as mpl
+import numpy as np
+import optax
+from jax import Array
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+import robustloss as rl
+from experiments import Keep, Progress, UsageError, _plotting, _results, compute
+from experiments import network as networks
+from experiments._linear_fits import fit_each, over_devices
+from experiments._losses import title
+from experiments.efficiency import LAWS
+
+FIXED = ("squared_error", "absolute_error", "huber", "cauchy")
+LEARNED = "learned alpha"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of `adaptive`."""
+
+    rows: int = 400
+    """Of each data set."""
+    features: int = 4
+    """Of each data set, besides the intercept."""
+    sets: int = 200
+    """Data sets of each law."""
+    steps: int = 600
+    """Of Adam, for the fits with a learned shape."""
+    seed: int = 0
+    """Of everything random."""
+    share: float = 0.2
+    """Of the network's training targets that are corrupted; 0 to 0.5."""
+    train: networks.Config = networks.Config(epochs=12, seeds=2)  # noqa: RUF009  (frozen)
+    """How the network is trained; its shares and seed are not used."""
+    out: Path | None = None
+    """Where to write; results/adaptive by default."""
+    plots: bool = True
+    """Draw the picture."""
+
+
+SMOKE = Config(
+    rows=150, features=1, sets=48, steps=400,
+    train=networks.Config(rows=3000, hidden=16, epochs=6, seeds=1),
+)  # fmt: skip
+
+
+class Result(NamedTuple):
+    """By law and estimator, but for `names`, `laws` and what is of the network."""
+
+    names: tuple[str, ...]
+    laws: tuple[str, ...]
+    efficiency: np.ndarray  # the variance of MSE's fit over that of the estimator's
+    alphas: np.ndarray  # by law and data set
+    network: dict[str, float]  # the test MAE by training loss
+    network_alpha: float
+
+
+def run(
+    config: Config, progress: Progress = lambda done, what: None, keep: Keep = compute
+) -> Result:
+    """Fits the lines, then trains the networks."""
+    for option, least in (("sets", 10), ("features", 1), ("steps", 100)):
+        if getattr(config, option) < least:
+            raise UsageError(f"--{option} must be >= {least}, got {getattr(config, option)}.")
+    if not 0 <= config.share < 0.5:
+        raise UsageError(f"--share must be in [0, 0.5), got {config.share}.")
+    laws = tuple(LAWS)
+    which = np.repeat(np.arange(len(laws)), config.sets)
+    seeds = np.tile(np.arange(config.sets), len(laws))
+    with jax.enable_x64(True):
+        progress(0.0, "linear fits")
+        both = over_devices(partial(_both, config, laws))
+        found = keep("fits", lambda: dict(zip(("b", "alpha"), both((seeds, which)), strict=True)))
+    square = np.sum(found["b"] ** 2, axis=-1).reshape(len(laws), config.sets, -1)
+    variance = square.mean(1)
+
+    progress(0.6, "networks")
+    split = networks.california(config.train.rows, config.seed)
+    network = {}
+    for name in (*FIXED, LEARNED):
+        if name == LEARNED:
+            free = {"alpha": jnp.zeros(()), "scale": jnp.log(networks.SPREAD)}
+            train = networks.trainer(config.train, split, _free_nll, learned=free)
+        else:
+            train = networks.trainer(config.train, split, networks.robust(name))
+        trained = keep(f"network-{name}", partial(train, config.share))
+        network[name] = float(np.mean(trained["errors"][:, -1, 0]))
+    alpha, _ = _alpha_and_scale(trained)
+    return Result(
+        (*FIXED, LEARNED), laws, variance[:, :1] / variance,
+        found["alpha"].reshape(len(laws), config.sets), network, float(np.mean(alpha)),
+    )  # fmt: skip
+
+
+def check(result: Result) -> None:
+    """The learned shape is near the best fixed one under every law, and orders the tails."""
+    learned = result.efficiency[:, -1]
+    best = result.efficiency[:, :-1].max(axis=1)
+    for law, got, want in zip(result.laws, learned, best, strict=True):
+        assert got > 0.75 * want, f"on {law} noise: {got:.2f} of MSE's, the best has {want:.2f}"
+    typical = dict(zip(result.laws, np.median(result.alphas, axis=1), strict=True))
+    assert typical["normal"] > 1.5, f"alpha on normal noise is {typical['normal']:.2f}"
+    others = [alpha for law, alpha in typical.items() if law != "normal"]
+    assert max(others) < 1.2, f"alpha on noise with heavy tails is up to {max(others):.2f}"
+    network = result.network
+    assert network[LEARNED] < network["squared_error"] / 2, "the network is as bad as MSE's"
+    assert network[LEARNED] < 1.1 * network["huber"], "the network is worse than Huber's"
+
+
+def findings(result: Result) -> list[str]:
+    """What was found."""
+    typical = np.median(result.alphas, axis=1)
+    alphas = ", ".join(f"{a:.2f} ({law})" for a, law in zip(typical, result.laws, strict=True))
+    share = (result.efficiency[:, -1] / result.efficiency[:, :-1].max(axis=1)).min()
+    n = result.network
+    return [
+        f"The learned alpha is {alphas}: 2 is normal, 0 Cauchy. Without being told the law, the "
+        f"fit has at least {share:.0%} of the efficiency of the best of "
+        f"{', '.join(title(name) for name in FIXED)}.",
+        f"On the network with corrupted targets it learns alpha = {result.network_alpha:.2f} and a "
+        f"test MAE of {n[LEARNED]:.2f}, where MSE has {n['squared_error']:.2f}, Huber "
+        f"{n['huber']:.2f} and Cauchy {n['cauchy']:.2f} (100,000 dollars).",
+    ]
+
+
+def show(result: Result, console: Console) -> None:
+    """The table."""
+    table = Table(
+        "estimator", *result.laws, "network: test MAE",
+        title="Variance of MSE's fit over that of the estimator's",
+    )  # fmt: skip
+    for j, name in enumerate(result.names):
+        table.add_row(
+            name if name == LEARNED else title(name),
+            *[f"{e:.2f}" for e in result.efficiency[:, j]],
+            f"{result.network[name]:.2f}",
+        )
+    console.print(table)
+
+
+def files(config: Config, result: Result) -> dict[str, bytes]:
+    """What goes into the output folder."""
+    written = {"result.json": _results.record(config, **result._asdict())}
+    if config.plots:
+        written["adaptive.png"] = _results.picture(plot(result))
+    return written
+
+
+def folder(config: Config) -> Path:
+    """Where the results go."""
+    return config.out or Path("results") / "adaptive"
+
+
+def plot(result: Result) -> Figure:
+    """Efficiencies by law, and the alphas that were learned."""
+    with mpl.rc_context(_plotting.STYLE):
+        figure = Figure(figsize=(11, 4.4))
+        left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
+        width = 0.8 / len(result.names)
+        for j, name in enumerate(result.names):
+            at = np.arange(len(result.laws)) + (j - (len(result.names) - 1) / 2) * width
+            left.bar(
+                at, result.efficiency[:, j], 0.9 * width,
+                color="black" if name == LEARNED else _plotting.COLORS[j],
+                label=name if name == LEARNED else title(name),
+            )  # fmt: skip
+        left.axhline(1, color="0.5", lw=0.8)
+        left.set_xticks(range(len(result.laws)), result.laws)
+        left.set(
+            title="A learned shape is near the best each time", ylabel="efficiency relative to MSE",
+            ylim=(0, 1.25 * result.efficiency.max()),
+        )  # fmt: skip
+        left.legend(loc="upper left", ncols=3, fontsize=10)
+        for i, (law, alphas) in enumerate(zip(result.laws, result.alphas, strict=True)):
+            right.plot(
+                np.sort(alphas), np.linspace(0, 100, len(alphas)), **_plotting.style(i), lw=2,
+                label=law,
+            )  # fmt: skip
+        right.set(
+            title="What alpha it learns", xlabel="alpha (2: normal, 0: Cauchy)",
+            ylabel="data sets below, %", xlim=(0, 2),
+        )  # fmt: skip
+        right.legend(loc="upper left", fontsize=10)
+        return figure
+
+
+def _both(config: Config, laws: tuple[str, ...], item: tuple[Array, Array]) -> tuple[Array, Array]:
+    seed, law = item
+    for_X, for_y = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), seed))
+    X = jax.random.normal(for_X, (config.rows, config.features))
+
+    def draw(name: str, key: Array) -> Array:
+        return LAWS[name].draw(key, (config.rows,)) / LAWS[name].unit
+
+    y = jax.lax.switch(law, [partial(draw, name) for name in laws], for_y)
+    fixed, _ = fit_each(FIXED, X, y)
+    b, alpha = _learned(config.steps, X, y, fixed[FIXED.index("huber")])
+    return jnp.concatenate([fixed, b[None]]), alpha
+
+
+def _learned(steps: int, X: Array, y: Array, start: Array) -> tuple[Array, Array]:
+    """The parameters and alpha at the minimum of the mean `general_nll`, from a robust start."""
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.05, steps))
+
+    def objective(params: Any) -> Array:
+        return jnp.mean(_free_nll(params["b"][0] + X @ params["b"][1:], y, params))
+
+    def step(carry: Any, _: None) -> Any:
+        params, state = carry
+        updates, state = optimizer.update(jax.grad(objective)(params), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    params = {"b": start, "alpha": jnp.zeros(()), "scale": jnp.zeros(())}
+    (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), length=steps)
+    return params["b"], _alpha_and_scale(params)[0]
+
+
+def _alpha_and_scale(free: Any) -> tuple[Array, Array]:
+    """Free numbers mapped into the domain, off the ends, where derivatives are not finite."""
+    return 0.001 + 1.998 * jax.nn.sigmoid(free["alpha"]), jnp.exp(free["scale"])
+
+
+def _free_nll(predictions: Array, targets: Array, free: Any) -> Array:
+    alpha, scale = _alpha_and_scale(free)
+    return rl.general_nll(predictions, targets, alpha=alpha, scale=scale)

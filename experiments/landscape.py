@@ -1,0 +1,298 @@
+"""Does MAE or MSE make any real difference, and when is the landscape convex?
+
+The surfaces of all losses over two parameters: of a line, and of one neuron, whose tanh bends
+them. Data with outliers and a known truth, many sets of them: where the minimum is, whether the
+surface is convex, the way an optimiser takes, and the share of random starts that end in the best
+minimum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib as mpl
+import numpy as np
+import optax
+from jax import Array
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+import robustloss as rl
+from experiments import Keep, Progress, UsageError, _plotting, _results, compute
+from experiments._losses import example, has_delta, title, tuned, with_delta
+from robustloss.losses import asymmetric, redescending
+
+MODELS: dict[str, Callable[[Array, Array], Array]] = {
+    "line": lambda b, x: b[0] + b[1] * x,
+    "neuron": lambda b, x: jnp.tanh(b[0] + b[1] * x),
+}
+TRUTH = np.array([0.5, 1.5])
+NOISE = 0.1
+REACH = 4.0  # of the surfaces and of the starts, around 0
+GRID = 61
+SHOWN = ("squared_error", "absolute_error", "huber", "tukey")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of `landscape`."""
+
+    losses: tuple[str, ...] = ()
+    """Of `robustloss.LOSSES`; by default all that are 0 at 0 and fit the middle."""
+    rows: int = 40
+    """Of each data set."""
+    outliers: float = 0.2
+    """The share of the rows whose y is put below all others."""
+    sets: int = 20
+    """Data sets."""
+    starts: int = 50
+    """Random starts in each."""
+    steps: int = 400
+    """Of Adam, its step size falling to 0."""
+    seed: int = 0
+    """Of the data and the starts."""
+    out: Path | None = None
+    """Where to write; results/landscape by default."""
+    plots: bool = True
+    """Draw the pictures."""
+
+
+SMOKE = Config(losses=SHOWN, sets=3, starts=20, steps=300)
+
+
+class Found(NamedTuple):
+    """Of one loss and model."""
+
+    surface: np.ndarray  # on the grid, of the first data set
+    convex: bool  # on the grid: no direction in which the surface bends down
+    path: np.ndarray  # of the parameters, from one start, in the first data set
+    best: np.ndarray  # the parameters of the best end in the first data set
+    share: float  # of the starts that end in the best minimum, over all sets
+    error: float  # the median distance of the best minimum from the truth
+
+
+class Result(NamedTuple):
+    """By loss and model."""
+
+    losses: tuple[str, ...]
+    found: dict[tuple[str, str], Found]
+
+
+def run(
+    config: Config, progress: Progress = lambda done, what: None, keep: Keep = compute
+) -> Result:
+    """Draws every surface, and descends it from everywhere."""
+    for option, least in (("rows", 10), ("sets", 1), ("starts", 2), ("steps", 100)):
+        if getattr(config, option) < least:
+            raise UsageError(f"--{option} must be >= {least}, got {getattr(config, option)}.")
+    if not 0 <= config.outliers < 0.5:
+        raise UsageError(f"--outliers must be in [0, 0.5), got {config.outliers}.")
+    known = tuple(
+        name
+        for name in rl.LOSSES
+        if example(name)(0.0) == 0 and name not in asymmetric.__all__  # these fit something else
+    )
+    for name in config.losses:
+        if name not in known:
+            raise UsageError(f"--losses takes {', '.join(known)}, got {name!r}.")
+    if config.losses and not set(SHOWN) <= set(config.losses):
+        raise UsageError(f"--losses needs {', '.join(SHOWN)}, got {', '.join(config.losses)}.")
+    losses = tuple(name for name in known if name in (config.losses or known))
+    found = {}
+    with jax.enable_x64(True):
+        for i, name in enumerate(losses):
+            for j, model in enumerate(MODELS):
+                progress((i + j / 2) / len(losses), f"{title(name)}, {model}")
+                of = keep(f"{name}-{model}", partial(_one, config, name, model))
+                values = (np.asarray(of[key]) for key in Found._fields)
+                found[name, model] = Found(*(v if v.ndim else v.item() for v in values))
+    return Result(losses, found)
+
+
+def check(result: Result) -> None:
+    """Convex losses have one minimum for a line and may have more for a neuron."""
+    many = []
+    for name in result.losses:
+        line, neuron = (result.found[name, model] for model in MODELS)
+        if name in redescending.__all__:
+            assert not line.convex, f"{title(name)} is convex"
+            continue
+        if name == "general":
+            continue
+        assert line.convex, f"{title(name)} of a line is not convex"
+        assert line.share == 1, f"{title(name)} of a line has ends apart ({line.share:.0%})"
+        assert not neuron.convex, f"{title(name)} of a neuron is convex"
+        many.append(neuron.share)
+    assert min(many) < 0.95, "from every start a neuron ended in the best minimum"
+    mse, mae = (result.found[name, "line"].error for name in ("squared_error", "absolute_error"))
+    assert mae < mse / 3, "MAE's minimum is not much nearer the truth than MSE's"
+
+
+def findings(result: Result) -> list[str]:
+    """What was found."""
+    mse, mae = (
+        [result.found[name, model] for model in MODELS]
+        for name in ("squared_error", "absolute_error")
+    )
+    convex = [n for n in result.losses if n not in (*redescending.__all__, "general")]
+    low, high = (f(result.found[name, "neuron"].share for name in convex) for f in (min, max))
+    return [
+        "For a model that is linear in its parameters a convex loss has one minimum, which every "
+        "start reaches; redescending losses have more. Behind a tanh no surface is convex, and "
+        f"{low:.0%} to {high:.0%} of random starts end in the best minimum of a convex loss.",
+        f"What MAE or MSE decides is where that minimum is: with a fifth of the rows bad, MSE's is "
+        f"{mse[0].error:.2f} from the truth for the line and {mse[1].error:.2f} for the neuron, "
+        f"MAE's {mae[0].error:.2f} and {mae[1].error:.2f}.",
+    ]
+
+
+def show(result: Result, console: Console) -> None:
+    """The table."""
+    table = Table(
+        "loss", *[f"{m}: {w}" for m in MODELS for w in ("convex", "best end", "off")],
+        title="best end: starts that end in the best minimum; off: its distance from the truth",
+    )  # fmt: skip
+    for name in result.losses:
+        cells = []
+        for model in MODELS:
+            of = result.found[name, model]
+            cells += ["yes" if of.convex else "no", f"{of.share:.0%}", f"{of.error:.2f}"]
+        table.add_row(title(name), *cells)
+    console.print(table)
+
+
+def files(config: Config, result: Result) -> dict[str, bytes]:
+    """What goes into the output folder."""
+    described = {
+        f"{name}, {model}": {"convex": of.convex, "share": of.share, "error": of.error}
+        for (name, model), of in result.found.items()
+    }
+    written = {"result.json": _results.record(config, found=described)}
+    if config.plots:
+        written["landscape.png"] = _results.picture(plot(result))
+        if result.losses != SHOWN:
+            written["landscape-all.png"] = _results.picture(plot(result, result.losses))
+    return written
+
+
+def folder(config: Config) -> Path:
+    """Where the results go."""
+    return config.out or Path("results") / "landscape"
+
+
+def plot(result: Result, names: tuple[str, ...] = SHOWN) -> Figure:
+    """The surfaces, a row for each model, with the way of Adam, the minimum and the truth."""
+    with mpl.rc_context(_plotting.STYLE):
+        across = min(len(names), 5)
+        bands = -(-len(names) // across)
+        figure = Figure(figsize=(2.6 * across, 5.6 * bands))
+        axes = figure.subplots(2 * bands, across, sharex=True, sharey=True, squeeze=False)
+        grid = np.linspace(-REACH, REACH, GRID)
+        for i, name in enumerate(names):
+            for j, model in enumerate(MODELS):
+                panel = axes[2 * (i // across) + j, i % across]
+                of = result.found[name, model]
+                levels = np.quantile(of.surface, np.linspace(0, 1, 15))
+                panel.contourf(
+                    grid, grid, of.surface, np.unique(levels), cmap="cividis_r"
+                )  # of the same area each
+                panel.plot(*of.path.T, color="white", lw=2.5)
+                panel.plot(*of.path.T, color="black", lw=1.2, label="way of Adam")
+                panel.plot(*of.best, "o", color="#D55E00", ms=7, label="best minimum")
+                panel.plot(*TRUTH, "*", color="white", mec="black", ms=13, label="truth")
+                panel.set_title(f"{title(name)}, {model}", fontsize=11)
+                panel.set(xlim=(-REACH, REACH), ylim=(-REACH, REACH))
+        for panel in axes.flat[(len(names) % across and len(names)) or len(axes.flat) :]:
+            panel.set_visible(panel.has_data())
+        figure.supxlabel("intercept")
+        figure.supylabel("slope")
+        if names == SHOWN:
+            figure.suptitle(
+                "A line keeps a convex loss convex, a neuron does not; the loss decides where the "
+                "minimum is", fontweight="bold", fontsize=12,
+            )  # fmt: skip
+        handles = axes[0, 0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=3)
+        return figure
+
+
+def _one(config: Config, name: str, model: str) -> dict[str, Any]:
+    delta = tuned(name, efficiency=0.95) if has_delta(name) else 1.0
+    loss = with_delta(name, (1.0 if np.isnan(delta) else delta) * NOISE)
+    predict = MODELS[model]
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.1, config.steps))
+
+    def objective(b: Array, x: Array, y: Array) -> Array:
+        return rl.mean(loss, predict(b, x), y)
+
+    def descent(start: Array, x: Array, y: Array) -> tuple[Array, Array]:
+        found = rl.fit(
+            loss, predict, start, x, y, optimizer=optimizer, steps=config.steps, tolerance=0.0
+        )
+        return found.params, found.value
+
+    key = jax.random.key(config.seed)
+    x, y = jax.vmap(partial(_data, config, model))(jax.random.split(key, config.sets))
+    starts = jax.random.uniform(
+        jax.random.fold_in(key, 1), (config.sets, config.starts, 2), minval=-REACH, maxval=REACH
+    )
+    all_starts = jax.jit(jax.vmap(jax.vmap(descent, (0, None, None))))
+    ends, values = (np.asarray(v) for v in all_starts(starts, x, y))
+    best = values.min(axis=1, keepdims=True)
+    flat = np.asarray(jax.vmap(lambda x, y: objective(jnp.array([9.0, 0.0]), x, y))(x, y))
+    there = values <= best + 0.01 * np.abs(flat[:, None] - best)
+    lowest = ends[np.arange(config.sets), values.argmin(1)]
+
+    grid = jnp.linspace(-REACH, REACH, GRID)
+    points = jnp.stack(jnp.meshgrid(grid, grid), axis=-1).reshape(-1, 2)
+    surface = jax.jit(jax.vmap(lambda b: objective(b, x[0], y[0])))(points)
+    return {
+        "surface": np.asarray(surface).reshape(GRID, GRID),
+        "convex": _convex(np.asarray(surface).reshape(GRID, GRID)),
+        "path": _path(objective, optimizer, config.steps, x[0], y[0]),
+        "best": lowest[0],
+        "share": there.mean(),
+        "error": np.median(np.linalg.norm(lowest - TRUTH, axis=1)),
+    }
+
+
+def _convex(surface: np.ndarray) -> bool:
+    """Whether no three points in a row of the grid, along eight directions, bend down."""
+    noise = 1e-9 * np.ptp(surface)
+    for a, b in ((1, 0), (0, 1), (1, 1), (1, -1), (2, 1), (1, 2), (2, -1), (1, -2)):
+        n = len(surface)
+        i = slice(a, n - a)
+        j = slice(abs(b), n - abs(b))
+        ahead = surface[2 * a :, abs(b) + b : n - abs(b) + b]
+        behind = surface[: n - 2 * a, abs(b) - b : n - abs(b) - b]
+        if np.any(ahead + behind - 2 * surface[i, j] < -noise):
+            return False
+    return True
+
+
+def _path(objective: Any, optimizer: Any, steps: int, x: Array, y: Array) -> np.ndarray:
+    @jax.jit
+    def whole(start: Array) -> Array:
+        def step(carry: Any, _: None) -> Any:
+            b, state = carry
+            updates, state = optimizer.update(jax.grad(objective)(b, x, y), state, b)
+            return (optax.apply_updates(b, updates), state), b
+
+        return jax.lax.scan(step, (start, optimizer.init(start)), length=steps)[1]
+
+    return np.asarray(whole(jnp.array([-3.0, -1.0])))
+
+
+def _data(config: Config, model: str, key: Array) -> tuple[Array, Array]:
+    for_x, for_y = jax.random.split(key)
+    x = jax.random.uniform(for_x, (config.rows,), minval=-2.0, maxval=2.0)
+    y = MODELS[model](jnp.asarray(TRUTH), x) + NOISE * jax.random.normal(for_y, x.shape)
+    bad = jnp.arange(config.rows) < config.outliers * config.rows
+    return x, jnp.where(bad, -1.5 if model == "neuron" else -6.0, y)

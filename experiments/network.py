@@ -1,0 +1,334 @@
+"""What do corrupted training targets do to a network, by the loss it is trained with?
+
+A multi-layer perceptron (Flax NNX) on the California housing data. A share of the training
+targets has its decimal point slipped, so they are ten times too large; the test rows are clean.
+Several seeds at once, in mini-batches, by Adam. Then the same in bfloat16 with targets in small
+units, where the gradient of optax's Huber loss vanishes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib as mpl
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+import robustloss as rl
+from experiments import Keep, Progress, UsageError, _plotting, _results, compute
+from experiments._losses import has_delta, title, tuned, with_delta
+from experiments.data import load
+
+LOSSES = ("squared_error", "absolute_error", "huber", "log_cosh", "cauchy", "tukey")
+SPREAD = 0.4  # the scale that the residuals are taken to have, in standard units of the target
+UNIT = 1e-3  # of the targets in bfloat16
+MEASURES = ("MAE", "RMSE", "median")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of `network`."""
+
+    shares: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3)
+    """Of the training targets that are corrupted."""
+    rows: int = 12_000
+    """Training rows; the test has 4,000 others."""
+    hidden: int = 32
+    """Units in each of two hidden layers."""
+    epochs: int = 16
+    """Passes over the training rows."""
+    batch: int = 256
+    """Rows in a mini-batch."""
+    seeds: int = 3
+    """Networks of each kind, trained at once."""
+    learning_rate: float = 3e-3
+    """Of Adam; falls to 0."""
+    seed: int = 0
+    """Of everything random."""
+    out: Path | None = None
+    """Where to write; results/network by default."""
+    plots: bool = True
+    """Draw the picture."""
+
+
+SMOKE = Config(shares=(0.0, 0.2), rows=3000, hidden=16, epochs=8, seeds=2)
+
+
+class Split(NamedTuple):
+    """Features in standard units; targets in robust ones, clean."""
+
+    X: Array
+    y: Array
+    X_test: Array
+    y_test: Array
+    unit: float  # of the target, in 100,000 dollars
+
+
+class Result(NamedTuple):
+    """Errors on the clean test rows, in 100,000 dollars."""
+
+    losses: tuple[str, ...]
+    shares: np.ndarray
+    errors: np.ndarray  # by loss, share, seed, epoch and measure
+    half: dict[str, np.ndarray]  # the test MAE by epoch, in bfloat16, by whose Huber
+    train: np.ndarray  # the training MAE by loss and share at the end, against the given targets
+
+
+class Mlp(nnx.Module):
+    """Two hidden layers."""
+
+    def __init__(self, features: int, hidden: int, rngs: nnx.Rngs) -> None:
+        self.layers = nnx.List(
+            nnx.Linear(a, b, rngs=rngs)
+            for a, b in ((features, hidden), (hidden, hidden), (hidden, 1))
+        )
+
+    def __call__(self, x: Array) -> Array:
+        """A prediction for each row."""
+        for layer in self.layers[:-1]:
+            x = nnx.relu(layer(x))
+        return self.layers[-1](x)[..., 0]
+
+
+def run(
+    config: Config, progress: Progress = lambda done, what: None, keep: Keep = compute
+) -> Result:
+    """Trains every network."""
+    _check(config)
+    split = california(config.rows, config.seed)
+    units = len(LOSSES) * len(config.shares) + 2
+    found: dict[tuple[str, float], dict[str, Any]] = {}
+    for i, name in enumerate(LOSSES):
+        trained = trainer(config, split, robust(name))
+        for j, share in enumerate(config.shares):
+            progress((i * len(config.shares) + j) / units, f"{title(name)}, {share:.0%} corrupted")
+            found[name, share] = keep(f"{name}-{share:g}", partial(trained, share))
+    half = {}
+    whose = {"optax.huber_loss": optax.huber_loss, "rl.huber": rl.huber}
+    for i, (name, huber) in enumerate(whose.items()):
+        progress((units - 2 + i) / units, f"{name} in bfloat16")
+        trained = trainer(config, split, partial(huber, delta=1.0), half=True)
+        of = keep(f"half-{name}", partial(trained, 0.0))
+        half[name] = np.asarray(of["errors"])[:, :, 0].mean(0)
+    shape = (len(LOSSES), len(config.shares))
+    errors = np.array([found[n, s]["errors"] for n in LOSSES for s in config.shares])
+    train = np.array([found[n, s]["train"] for n in LOSSES for s in config.shares])
+    return Result(
+        LOSSES, np.array(config.shares), errors.reshape(*shape, *errors.shape[1:]), half,
+        train.reshape(*shape, -1).mean(-1),
+    )  # fmt: skip
+
+
+def check(result: Result) -> None:
+    """Corrupted targets hurt MSE most; only ours learns in bfloat16."""
+    at_end = result.errors[..., -1, 0].mean(axis=2)  # MAE by loss and share
+    harm = at_end[:, -1] - at_end[:, 0]
+    assert harm.argmax() == LOSSES.index("squared_error"), "MSE is not harmed most"
+    assert harm[1:].max() < harm[0] / 2, "a robust loss is harmed more than half as much as MSE"
+    assert np.all(np.isfinite(result.errors)), "an error is not finite"
+    ours, theirs = result.half["rl.huber"], result.half["optax.huber_loss"]
+    assert ours[-1] < 0.9 * ours[0], "ours does not learn in bfloat16"
+    assert ours[-1] < 0.8 * theirs[-1], "ours is no better than optax's in bfloat16"
+    assert theirs[-1] > 0.95 * theirs[0], "optax's learns in bfloat16"
+
+
+def findings(result: Result) -> list[str]:
+    """What was found."""
+    end = result.errors[..., -1, :].mean(axis=2)
+    mse, mae, huber = (LOSSES.index(n) for n in ("squared_error", "absolute_error", "huber"))
+    worst, share = -1, result.shares[-1]
+    ours, theirs = result.half["rl.huber"], result.half["optax.huber_loss"]
+    return [
+        f"With {share:.0%} of the training targets ten times too large, the MSE network is off by "
+        f"{end[mse, worst, 0]:.2f} on clean rows instead of {end[mse, 0, 0]:.2f} (test MAE, in "
+        f"100,000 dollars); the Huber network by {end[huber, worst, 0]:.2f} instead of "
+        f"{end[huber, 0, 0]:.2f}, the MAE network by {end[mae, worst, 0]:.2f} instead of "
+        f"{end[mae, 0, 0]:.2f}.",
+        f"As a metric MAE withstands as well: against the corrupted targets, all that a user may "
+        f"have, it is {result.train[huber, worst]:.2f} for the Huber network and "
+        f"{result.train[mse, worst]:.2f} for the MSE network, which is the right order.",
+        f"In bfloat16, with errors of a thousandth of delta, optax's Huber loss learns nothing "
+        f"(test MAE {theirs[0]:.2f} after the first epoch, {theirs[-1]:.2f} after the last): for "
+        f"all but the largest errors its gradient is 0. Ours is at {ours[0]:.2f}, then at "
+        f"{ours[-1]:.2f}.",
+    ]
+
+
+def show(result: Result, console: Console) -> None:
+    """The table."""
+    table = Table(
+        "training loss", *[f"{share:.0%} corrupted" for share in result.shares],
+        title="On clean test rows: MAE / RMSE / median error, 100,000 dollars",
+    )  # fmt: skip
+    for name, errors in zip(result.losses, result.errors, strict=True):
+        cells = errors[:, :, -1].mean(axis=1)
+        table.add_row(title(name), *[" / ".join(f"{v:.2f}" for v in cell) for cell in cells])
+    console.print(table)
+
+
+def files(config: Config, result: Result) -> dict[str, bytes]:
+    """What goes into the output folder."""
+    end = result.errors[..., -1, :].mean(axis=2)
+    written = {
+        "result.json": _results.record(
+            config,
+            errors={
+                n: {f"{s:g}": dict(zip(MEASURES, e, strict=True)) for s, e in pairs}
+                for n, pairs in (
+                    (n, zip(result.shares, of, strict=True))
+                    for n, of in zip(result.losses, end, strict=True)
+                )
+            },
+            half=result.half,
+        ),
+        "network.npz": _results.arrays(errors=result.errors, shares=result.shares),
+    }
+    if config.plots:
+        written["network.png"] = _results.picture(plot(result))
+    return written
+
+
+def folder(config: Config) -> Path:
+    """Where the results go."""
+    return config.out or Path("results") / "network"
+
+
+def plot(result: Result) -> Figure:
+    """Test error by the share corrupted, the learning curves at the largest, and bfloat16."""
+    with mpl.rc_context(_plotting.STYLE):
+        figure = Figure(figsize=(12, 4.4))
+        left, middle, right = figure.subplots(1, 3)
+        for i, name in enumerate(result.losses):
+            look = {**_plotting.style(i), "lw": 2, "label": title(name)}
+            at_end = result.errors[i, :, :, -1, 0]
+            left.plot(100 * result.shares, at_end.mean(1), marker=_plotting.MARKERS[i], **look)
+            curve = result.errors[i, -1, :, :, 0].mean(0)
+            middle.plot(1 + np.arange(len(curve)), curve, **look)
+        left.set(
+            title="MSE learns the errors", xlabel="training targets corrupted, %",
+            ylabel="test MAE on clean rows, 100,000 dollars",
+        )  # fmt: skip
+        middle.set(
+            title=f"Learning with {result.shares[-1]:.0%} corrupted", xlabel="epoch", yscale="log",
+            ylabel="test MAE on clean rows, 100,000 dollars",
+        )  # fmt: skip
+        for i, (name, curve) in enumerate(result.half.items()):
+            look = _plotting.style((6, 2)[i])
+            right.plot(1 + np.arange(len(curve)), curve, **look, lw=2, label=name)
+        right.set(title="bfloat16, small targets", xlabel="epoch", ylabel="test MAE, same units")
+        right.set_ylim(bottom=0)
+        left.legend(loc="upper left")
+        right.legend(loc="lower left")
+        return figure
+
+
+def robust(name: str) -> Callable[..., Array]:
+    """The loss at 95 % efficiency for residuals of this spread."""
+    return with_delta(name, tuned(name, efficiency=0.95) * SPREAD if has_delta(name) else 1.0)
+
+
+def california(rows: int, seed: int) -> Split:
+    """Rows drawn at random for the training, and 4,000 others for the test."""
+    data = load("california")
+    order = np.random.default_rng(seed).permutation(len(data.y))
+    train, test = order[:rows], order[-4000:]
+    center = np.median(data.X[train], 0)
+    spread = np.subtract(*np.quantile(data.X[train], [0.75, 0.25], axis=0))
+    X = np.clip((data.X - center) / spread, -5, 5).astype("f4")
+    unit = float(data.y[train].std())
+    y = ((data.y - np.median(data.y[train])) / unit).astype("f4")
+    return Split(*(jnp.asarray(v) for v in (X[train], y[train], X[test], y[test])), unit)
+
+
+def corrupted(split: Split, share: Array, key: Array) -> Array:
+    """Training targets of which a share has its decimal point slipped."""
+    bad = jax.random.uniform(key, split.y.shape) < share
+    return jnp.where(bad, 10 * (split.y - split.y.min()) + split.y.min(), split.y)
+
+
+def trainer(
+    config: Any,
+    split: Split,
+    loss: Callable[..., Array],
+    half: bool = False,
+    learned: dict[str, Array] | None = None,
+) -> Callable[[float], dict[str, Any]]:
+    """A function of the share corrupted, compiled once: errors by seed and epoch, and more.
+
+    `loss(predictions, targets)`; with `learned` parameters of its own, these come third, are
+    trained along and returned.
+    """
+    batches = len(split.y) // config.batch
+    total = config.epochs * batches
+    optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, total))
+    unit = UNIT if half else 1.0
+    dtype = jnp.bfloat16 if half else jnp.float32
+    graph, _ = nnx.split(Mlp(split.X.shape[1], config.hidden, nnx.Rngs(0)))
+
+    def predict(weights: Any, X: Array) -> Array:
+        weights = jax.tree.map(lambda w: w.astype(dtype), weights)
+        return nnx.merge(graph, weights)(X.astype(dtype)) * dtype(unit)
+
+    def objective(params: Any, X: Array, y: Array) -> Array:
+        own = () if learned is None else (params["own"],)
+        values = loss(predict(params["weights"], X), (y * unit).astype(dtype), *own)
+        return jnp.mean(values.astype(jnp.float32))
+
+    def measured(params: Any) -> Array:
+        predictions = predict(params["weights"], split.X_test).astype(jnp.float32) / unit
+        off = jnp.abs(predictions - split.y_test) * split.unit
+        return jnp.stack([off.mean(), jnp.sqrt((off**2).mean()), jnp.median(off)])
+
+    def one(share: Array, key: Array) -> dict[str, Any]:
+        for_bad, for_start, for_order = jax.random.split(key, 3)
+        y = corrupted(split, share, for_bad)
+        _, weights = nnx.split(Mlp(split.X.shape[1], config.hidden, nnx.Rngs(for_start)))
+        params = {"weights": weights, "own": {} if learned is None else learned}
+
+        def step(carry: Any, rows: Array) -> Any:
+            params, state = carry
+            gradient = jax.grad(objective)(params, split.X[rows], y[rows])
+            updates, state = optimizer.update(gradient, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        def epoch(carry: Any, key: Array) -> Any:
+            order = jax.random.permutation(key, len(y))[: batches * config.batch]
+            carry, _ = jax.lax.scan(step, carry, order.reshape(batches, config.batch))
+            return carry, measured(carry[0])
+
+        start = params, optimizer.init(params)
+        (params, _), errors = jax.lax.scan(epoch, start, jax.random.split(for_order, config.epochs))
+        fitted = predict(params["weights"], split.X).astype(jnp.float32) / unit
+        train = jnp.mean(jnp.abs(fitted - y)) * split.unit
+        return {"errors": errors, "train": train, **params["own"]}
+
+    every = jax.jit(jax.vmap(one, (None, 0)))
+    keys = jax.random.split(jax.random.key(config.seed), config.seeds)
+    return lambda share: jax.device_get(every(share, keys))
+
+
+def _check(config: Config) -> None:
+    if not config.shares or list(config.shares) != sorted(set(config.shares)):
+        raise UsageError(f"--shares must ascend, got {config.shares}.")
+    if config.shares[0] != 0 or not config.shares[-1] < 0.5 or len(config.shares) < 2:
+        raise UsageError(f"--shares must begin with 0 and stay below 0.5, got {config.shares}.")
+    for option, least in (("rows", 100), ("hidden", 1), ("epochs", 2), ("batch", 1), ("seeds", 1)):
+        if getattr(config, option) < least:
+            raise UsageError(f"--{option} must be >= {least}, got {getattr(config, option)}.")
+    if config.rows > 16_000:
+        raise UsageError(f"--rows must be at most 16,000, got {config.rows}.")
+    if config.batch > config.rows:
+        raise UsageError(f"--batch must be at most --rows, got {config.batch} > {config.rows}.")
+    if not 0 < config.learning_rate < np.inf:
+        raise UsageError(f"--learning-rate must be a positive number, got {config.learning_rate}.")
