@@ -15,6 +15,7 @@ from jax.scipy.linalg import solve_triangular
 from jax.sharding import Mesh, PartitionSpec
 
 import robustloss as rl
+from experiments import UsageError
 from experiments._losses import has_delta, tuned, with_delta
 from robustloss.losses import redescending
 
@@ -71,6 +72,18 @@ def fit_each(names: tuple[str, ...], X: Array, y: Array) -> tuple[Array, Array]:
             known.append(found.params)
     params, converged = (jnp.stack(x) for x in zip(*fits.values(), strict=True))
     return solve_triangular(triangle.T, params.T, lower=False).T, converged
+
+
+def check_losses(names: tuple[str, ...]) -> None:
+    """Tells which can be compared: those that have a fit at 95 % efficiency, with three of them."""
+    for name in names:
+        if name not in rl.LOSSES or (has_delta(name) and np.isnan(tuned(name, efficiency=0.95))):
+            raise UsageError(f"--losses takes what `experiments compare` takes, got {name!r}.")
+    needed = ("squared_error", "absolute_error", "huber")
+    if missing := set(needed) - set(names):
+        raise UsageError(
+            f"--losses needs {', '.join(needed)}; {', '.join(sorted(missing))} missing."
+        )
 
 
 def exactly(name: str, X: Array, y: Array) -> Array:

@@ -26,7 +26,7 @@ from rich.table import Table
 
 import robustloss as rl
 from experiments import Keep, Progress, UsageError, _plotting, _results, compute
-from experiments._linear_fits import fit_each, over_devices
+from experiments._linear_fits import check_losses, fit_each, over_devices
 from experiments._losses import has_delta, title, tuned, with_delta
 
 LOSSES = (
@@ -67,6 +67,8 @@ LAWS = {  # the units are those of the quartiles, of the last one solved for
 class Config:
     """Settings of `efficiency`."""
 
+    losses: tuple[str, ...] = LOSSES
+    """The losses to fit by; MSE, MAE and Huber's among them."""
     rows: int = 400
     """Of each data set."""
     features: int = 4
@@ -83,7 +85,9 @@ class Config:
     """Draw the picture."""
 
 
-SMOKE = Config(rows=100, features=2, sets=160, chunk=320)
+SMOKE = Config(
+    losses=("squared_error", "absolute_error", "huber"), rows=100, features=2, sets=160, chunk=320
+)
 
 
 class Result(NamedTuple):
@@ -104,6 +108,7 @@ def run(
     config: Config, progress: Progress = lambda done, what: None, keep: Keep = compute
 ) -> Result:
     """Fits every data set by every loss."""
+    check_losses(config.losses)
     for option, least in (("sets", 20), ("chunk", 1), ("features", 1)):
         if getattr(config, option) < least:
             raise UsageError(f"--{option} must be >= {least}, got {getattr(config, option)}.")
@@ -127,7 +132,7 @@ def _run(config: Config, progress: Progress, keep: Keep) -> Result:
         for_X, for_y = jax.random.split(jax.random.fold_in(key, seed))
         X = jax.random.normal(for_X, (config.rows, config.features))
         draws = [partial(_noise, name, (config.rows,)) for name in laws]
-        return fit_each(LOSSES, X, jax.lax.switch(law, draws, for_y))
+        return fit_each(config.losses, X, jax.lax.switch(law, draws, for_y))
 
     fits = over_devices(one)
     params, converged = [], []
@@ -150,11 +155,11 @@ def _run(config: Config, progress: Progress, keep: Keep) -> Result:
     spread = square[..., :1] - measured[:, None] * square
     errors = np.sqrt(np.sum(spread**2, axis=1)) / np.sum(square, axis=1)
     return Result(
-        LOSSES,
+        config.losses,
         laws,
         measured,
         errors,
-        np.array([[theory(law, name) for name in LOSSES] for law in laws]),
+        np.array([[theory(law, name) for name in config.losses] for law in laws]),
         float(1 - np.concatenate(converged)[: len(seeds)].mean()),
         b.shape[0] * b.shape[1],
         config.rows,

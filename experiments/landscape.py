@@ -211,8 +211,10 @@ def plot(result: Result, names: tuple[str, ...] = SHOWN) -> Figure:
                 panel.set(xlim=(-REACH, REACH), ylim=(-REACH, REACH))
         for panel in axes.flat[(len(names) % across and len(names)) or len(axes.flat) :]:
             panel.set_visible(panel.has_data())
-        figure.supxlabel("intercept")
-        figure.supylabel("slope")
+        for panel in axes[-1]:
+            panel.set_xlabel("intercept")
+        for panel in axes[:, 0]:
+            panel.set_ylabel("slope")
         if names == SHOWN:
             figure.suptitle(
                 "A line keeps a convex loss convex, a neuron does not; the loss decides where the "

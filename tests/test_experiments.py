@@ -2,6 +2,10 @@
 
 import importlib
 import json
+import os
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,12 +55,91 @@ def test_listing_names_every_experiment_and_its_question(capsys):
 @pytest.mark.parametrize("name", experiments())
 def test_every_experiment_has_the_parts(name, capsys):
     module = importlib.import_module(f"experiments.{name}")
-    for part in ("Config", "run", "check", "show", "files", "folder"):
+    for part in ("Config", "run", "check", "findings", "show", "files", "folder"):
         assert hasattr(module, part), f"{name} has no {part}"
     with pytest.raises(SystemExit) as left:
         main([name, "--help"])
     assert left.value.code == 0
     assert "--out" in capsys.readouterr().out
+
+
+SMOKING = [name for name in experiments() if name not in ("accuracy", "speed", "compare")]
+SLOW = ("landscape", "convergence", "adaptive", "start", "losses")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.thorough) if n in SLOW else n for n in SMOKING]
+)
+def test_small_settings_find_it_too(name, tmp_path):
+    """The claim holds, every picture is drawn, and the files say how they came about."""
+    module = importlib.import_module(f"experiments.{name}")
+    config = replace(module.SMOKE, out=tmp_path / "r")
+    result = module.run(config)
+    module.check(result)
+    assert all(sentence.endswith(".") for sentence in module.findings(result))
+    files = module.files(config, result)
+    pictures = [content for file, content in files.items() if file.endswith(".png")]
+    assert pictures
+    assert all(content[:4] == b"\x89PNG" for content in pictures)
+    told = json.loads(files["result.json"])
+    assert told["settings"]["out"] == str(tmp_path / "r")
+    assert {"jax", "device"} <= set(told["environment"])
+
+
+SHARDED = """
+import sys
+from dataclasses import replace
+import numpy as np
+from experiments import _results, outliers
+import jax, jax.numpy as jnp
+from experiments._linear_fits import fit_each, over_devices
+result = outliers.run(replace(outliers.SMOKE, sets=3, losses=outliers.SMOKE.losses[:3]))
+with jax.enable_x64(True):
+    fits = over_devices(lambda b: fit_each(("squared_error", "huber"), b[:, :1], b[:, 1]))
+    text = fits.lower(jnp.ones((3, 9, 2))).compile().as_text()
+for word in ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
+    assert word not in text, word
+np.savez(sys.argv[1], devices=jax.device_count(), errors=result.errors, curves=result.curves)
+"""
+
+
+@pytest.mark.thorough
+def test_sweeps_are_the_same_on_eight_devices_that_do_not_talk(tmp_path):
+    found = []
+    for count in (1, 8):
+        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+        path = tmp_path / f"{count}.npz"
+        done = subprocess.run(
+            [sys.executable, "-c", SHARDED, str(path)],
+            env={**os.environ, **flags, "JAX_PLATFORMS": "cpu"},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        with np.load(path) as file:
+            found.append(dict(file))
+    one, eight = found
+    assert (one["devices"], eight["devices"]) == (1, 8)
+    np.testing.assert_allclose(eight["errors"], one["errors"], rtol=1e-5)
+    np.testing.assert_allclose(eight["curves"], one["curves"], rtol=1e-5, atol=1e-5)
+
+
+def test_all_writes_a_report_and_does_nothing_twice(tmp_path, monkeypatch, capsys):
+    from experiments import sign
+
+    run = ["all", "--smoke", "--only", "sign", "--out", str(tmp_path)]
+    assert main(run) == 0
+    report = (tmp_path / "report" / "report.md").read_text()
+    assert experiments()["sign"] in report
+    assert "last bit" in report
+    picture = re.search(r"\]\((.*\.png)\)", report).group(1)
+    assert (tmp_path / "report" / picture).read_bytes()[:4] == b"\x89PNG"
+    monkeypatch.setattr(sign, "run", lambda *_: pytest.fail("again"))
+    assert main(run) == 0
+    monkeypatch.undo()
+    monkeypatch.setattr(sign, "check", lambda _: (_ for _ in ()).throw(AssertionError("no")))
+    assert main([*run, "--seed", "1", "--no-plots"]) == 1  # other settings: run again
+    assert "sign: its finding does not hold" in capsys.readouterr().err
+    assert (tmp_path / "report" / "report.md").read_text() == report
 
 
 @pytest.mark.parametrize("name", ["phones", "siegel", "hbk", "california"])
