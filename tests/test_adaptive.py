@@ -643,3 +643,26 @@ def test_every_view_compiles_as_fast_as_the_value():
         value = seconds(loss)
         for view in (rl.influence, rl.weight, rl.curvature):
             assert seconds(functools.partial(view, loss)) < 20 * value
+
+
+@pytest.mark.thorough
+def test_eulers_law_of_alphas_derivatives():
+    """r d/dr + delta d/ddelta doubles each: all have the degree 2, as the loss has."""
+
+    def f(a, r, d):
+        return rl.general(r, alpha=a, delta=d)
+
+    by_alpha = [f]
+    for _ in range(3):
+        by_alpha.append(jax.grad(by_alpha[-1]))
+    alpha, r, d = (
+        x.ravel()
+        for x in np.meshgrid([-3.0, -0.5, 0.7, 1.0, 1.6, 3.0], [0.3, -2.0, 9.0], [0.5, 2.0])
+    )
+
+    def along(a, r, d):
+        return [jax.jvp(lambda r, d, g=g: g(a, r, d), (r, d), (r, d)) for g in by_alpha]
+
+    with jax.enable_x64(True):
+        for value, change in jax.jit(jax.vmap(along))(alpha, r, d):
+            np.testing.assert_allclose(change, 2 * value, rtol=1e-8, atol=1e-10)

@@ -361,15 +361,39 @@ def test_eulers_law(name):
     f, degree = of_two(name), TRUTH[name].degree
 
     def along(r, d):
-        both = [jax.jvp(g, (r, d), (r, d)) for g in (f, jax.grad(f), jax.grad(f, 1))]
+        slopes = jax.grad(f), jax.grad(f, 1), jax.grad(jax.grad(f, 1), 1)
+        both = [jax.jvp(g, (r, d), (r, d)) for g in (f, *slopes)]
         return [value for value, _ in both], [change for _, change in both]
 
     with jax.enable_x64(True):
         values, changes = jax.jit(jax.vmap(along))(R, D)
-    for order, value, change in zip((0, 1, 1), values, changes, strict=True):
+    for order, value, change in zip((0, 1, 1, 2), values, changes, strict=True):
         terms = np.max(np.abs(value))
         want = (degree - order) * np.asarray(value)
         np.testing.assert_allclose(change, want, rtol=1e-11, atol=1e-13 * terms)
+
+
+@pytest.mark.parametrize("name", asymmetric.__all__)
+def test_what_is_asymmetric_is_linear_in_q(name):
+    """So are its slopes: half way between two q, in value and derivative."""
+    f = rl.LOSSES[name]
+    scaled = name in SCALED
+
+    def views(r, d, q):
+        def of(r, d):
+            return f(r, q=q, delta=d) if scaled else f(r, q=q)
+
+        return jnp.stack([of(r, d), jax.grad(of)(r, d), jax.grad(of, 1)(r, d)])
+
+    every = jax.vmap(views, (0, 0, None))
+    with jax.enable_x64(True):
+        low, high = every(R, D, 0.25), every(R, D, 0.75)
+        middle, slope = jax.jvp(lambda q: every(R, D, q), (0.5,), (1.0,))
+        at_0 = jax.jvp(lambda q: views(jnp.zeros(()), 1.5, q), (0.5,), (1.0,))[1]
+    low, high = np.asarray(low), np.asarray(high)
+    np.testing.assert_allclose(middle, (low + high) / 2, rtol=1e-13)
+    np.testing.assert_allclose(slope, 2 * (high - low), rtol=1e-13)
+    np.testing.assert_array_equal(at_0, 0)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if TRUTH[name].unit])
