@@ -116,7 +116,9 @@ def show(result: Result, console: Console) -> None:
 def findings(result: Result) -> list[str]:
     """What was found."""
     off = result.descent["kink = 1"].max()
+    taken = ", ".join(f"{name} {of['0'][1]:g}" for name, of in result.slopes.items())
     return [
+        f"At 0 any number in [-1, 1] is a slope of |r|. What is taken there: {taken}.",
         "Gradient descent on MAE from an exact fit: with the slope 0 at 0 nothing moves; with "
         f"the slope 1, that of jnp.abs, every other step is pushed off to an MAE of {off:.2g} "
         "and comes back.",
