@@ -11,6 +11,7 @@ import importlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -62,15 +63,15 @@ def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
     if not config.only:
         raise UsageError("--only needs at least one experiment.")
     known = experiments()
-    told, failed, folders = {}, {}, {}
-    for i, name in enumerate(config.only):
+    modules = {name: importlib.import_module(f"experiments.{name}") for name in config.only}
+    settings = {name: _settings(config, name, module) for name, module in modules.items()}
+    folders = {name: one.out for name, one in settings.items()}
+    for place in folders.values():
+        _results.check_writable(place)  # before any work
+    told, failed = {}, {}
+    for i, (name, module) in enumerate(modules.items()):
         progress(i / len(config.only), name)
-        module = importlib.import_module(f"experiments.{name}")
-        one = module.SMOKE if config.smoke else module.Config()
-        one = replace(one, out=folder(config).parent / name, plots=config.plots)
-        if hasattr(one, "seed") and one.seed is not None:
-            one = replace(one, seed=config.seed)
-        folders[name] = one.out
+        one = settings[name]
         earlier = _earlier(one)
         if earlier is None:
             quiet = Console(quiet=True)
@@ -126,6 +127,13 @@ def files(config: Config, result: Result) -> dict[str, bytes]:
 def folder(config: Config) -> Path:
     """Where the report goes."""
     return (config.out or Path("results")) / "report"
+
+
+def _settings(config: Config, name: str, module: ModuleType) -> Any:
+    one = module.SMOKE if config.smoke else module.Config()
+    one = replace(one, out=folder(config).parent / name, plots=config.plots)
+    seeded = getattr(one, "seed", None) is not None
+    return replace(one, seed=config.seed) if seeded else one
 
 
 def _earlier(config: Any) -> dict[str, Any] | None:

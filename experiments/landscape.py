@@ -82,6 +82,7 @@ class Result(NamedTuple):
     """By loss and model."""
 
     losses: tuple[str, ...]
+    outliers: float
     found: dict[tuple[str, str], Found]
 
 
@@ -113,7 +114,7 @@ def run(
                 of = keep(f"{name}-{model}", partial(_one, config, name, model))
                 values = (np.asarray(of[key]) for key in Found._fields)
                 found[name, model] = Found(*(v if v.ndim else v.item() for v in values))
-    return Result(losses, found)
+    return Result(losses, config.outliers, found)
 
 
 def check(result: Result) -> None:
@@ -147,9 +148,9 @@ def findings(result: Result) -> list[str]:
         "For a model that is linear in its parameters a convex loss has one minimum, which every "
         "start reaches; redescending losses have more. Behind a tanh no surface is convex, and "
         f"{low:.0%} to {high:.0%} of random starts end in the best minimum of a convex loss.",
-        f"What MAE or MSE decides is where that minimum is: with a fifth of the rows bad, MSE's is "
-        f"{mse[0].error:.2f} from the truth for the line and {mse[1].error:.2f} for the neuron, "
-        f"MAE's {mae[0].error:.2f} and {mae[1].error:.2f}.",
+        f"What MAE or MSE decides is where that minimum is: with {result.outliers:.0%} of the rows "
+        f"bad, MSE's is {mse[0].error:.2f} from the truth for the line and {mse[1].error:.2f} for "
+        f"the neuron, MAE's {mae[0].error:.2f} and {mae[1].error:.2f}.",
     ]
 
 
