@@ -653,6 +653,7 @@ def test_eulers_law_of_alphas_derivatives():
         return rl.general(r, alpha=a, delta=d)
 
     by_alpha = [f]
+    bent = jax.grad(jax.grad(f, 2), 2)  # of the degree 0
     for _ in range(3):
         by_alpha.append(jax.grad(by_alpha[-1]))
     alpha, r, d = (
@@ -666,3 +667,7 @@ def test_eulers_law_of_alphas_derivatives():
     with jax.enable_x64(True):
         for value, change in jax.jit(jax.vmap(along))(alpha, r, d):
             np.testing.assert_allclose(change, 2 * value, rtol=1e-8, atol=1e-10)
+        still = jax.jit(
+            jax.vmap(lambda a, r, d: jax.jvp(lambda r, d: bent(a, r, d), (r, d), (r, d))[1])
+        )
+        np.testing.assert_allclose(still(alpha, r, d), 0, atol=1e-9)

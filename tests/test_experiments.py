@@ -64,7 +64,7 @@ def test_every_experiment_has_the_parts(name, capsys):
 
 
 SMOKING = [name for name in experiments() if name not in ("accuracy", "speed", "compare")]
-SLOW = ("landscape", "convergence", "adaptive", "start", "losses")
+SLOW = ("landscape", "convergence", "efficiency", "network", "adaptive", "start", "losses")
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,10 @@ def test_constants_named_beside_calls():
 def test_compare_block_is_what_compare_prints():
     printed = README.split("```text\n")[1].split("```")[0]
     said = io.StringIO()
-    compare.show(compare.run(compare.Config()), Console(file=said, width=80))
+    result, console = compare.run(compare.Config()), Console(file=said, width=80)
+    compare.show(result, console)
+    for sentence in compare.findings(result):
+        console.print(f"- {sentence}", highlight=False, markup=False)
     timed = re.compile(r"\d+\.\d+ +│$|in \d+ steps$", re.MULTILINE)  # seconds, steps of MM
 
     def lines(text):
