@@ -83,13 +83,14 @@ def perform(module: ModuleType, config: Any, console: Console | None = None) -> 
         sweeps = "keep" in inspect.signature(module.run).parameters
         more = {"keep": partial(_results.kept, unfinished)} if sweeps else {}
         result = module.run(config, progress, **more)
-        findings = module.findings(result)
+        findings: list[str] = []
         try:
             module.check(result)
         except AssertionError as finding:
             failed = f"the finding does not hold: {finding}; nothing was written."
         else:
             failed = ""
+            findings = module.findings(result)
             progress(1.0, "writing")
             files = module.files(config, result)
             told = {"findings": findings, "seconds": time.perf_counter() - begin}

@@ -6,17 +6,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array, lax
 from jax.scipy.linalg import solve_triangular
-from jax.sharding import Mesh, PartitionSpec
 
 import robustloss as rl
 from experiments import UsageError
-from experiments._losses import has_delta, tuned, with_delta
+from experiments._losses import comparable, has_delta, tuned, with_delta
 from robustloss.losses import redescending
 
 Loss = Callable[..., Array]
@@ -25,7 +22,6 @@ _LBFGS = optax.lbfgs(linesearch=optax.scale_by_zoom_linesearch(8, initial_guess_
 _ADAM = optax.adam(optax.cosine_decay_schedule(0.01, 300))  # in units of the scale
 _ONE_STEP = optax.sgd(0.5)
 _TOWARDS_MAE = (0.3, 0.1, 0.03, 0.01)  # delta of Huber's loss, in scales, before MAE itself
-_AT_ONCE = 16  # data sets, few enough for a cache
 
 
 def fit_each(names: tuple[str, ...], X: Array, y: Array) -> tuple[Array, Array]:
@@ -74,16 +70,12 @@ def fit_each(names: tuple[str, ...], X: Array, y: Array) -> tuple[Array, Array]:
     return solve_triangular(triangle.T, params.T, lower=False).T, converged
 
 
-def check_losses(names: tuple[str, ...]) -> None:
-    """Tells which can be compared: those that have a fit at 95 % efficiency, with three of them."""
-    for name in names:
-        if name not in rl.LOSSES or (has_delta(name) and np.isnan(tuned(name, efficiency=0.95))):
-            raise UsageError(f"--losses takes what `experiments compare` takes, got {name!r}.")
-    needed = ("squared_error", "absolute_error", "huber")
-    if missing := set(needed) - set(names):
-        raise UsageError(
-            f"--losses needs {', '.join(needed)}; {', '.join(sorted(missing))} missing."
-        )
+def compared(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The library's names of these losses, the three among them that all are compared with."""
+    known = tuple(dict.fromkeys(comparable(name) for name in names))
+    if missing := {"squared_error", "absolute_error", "huber"} - set(known):
+        raise UsageError(f"--losses needs {', '.join(sorted(missing))} as well.")
+    return known
 
 
 def exactly(name: str, X: Array, y: Array) -> Array:
@@ -91,38 +83,6 @@ def exactly(name: str, X: Array, y: Array) -> Array:
     fixed = {"scale": 1.0} if has_delta(name) else {}
     found = rl.fit_linear(X, y, rl.LOSSES[name], **fixed)
     return jnp.append(found.intercept, found.coefficients)
-
-
-def over_devices(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function of one item for a batch of them, compiled, the batch split over all devices.
-
-    Each device has its own share and knows of no other. It takes a few items at a time: all of
-    these wait for the one whose line search takes longest.
-    """
-    unit = jax.device_count() * _AT_ONCE
-    split = PartitionSpec("items")
-
-    def share(batch: Any) -> Any:
-        return lax.map(function, batch, batch_size=_AT_ONCE)
-
-    each = jax.jit(
-        jax.shard_map(
-            share, mesh=Mesh(np.array(jax.devices()), ("items",)), in_specs=split,
-            out_specs=split, check_vma=False,
-        )
-    )  # fmt: skip
-
-    def whole(batch: Any) -> Any:
-        """Filled up, so that all devices and all turns have the same number."""
-        n = len(jax.tree.leaves(batch)[0])
-        return jax.tree.map(lambda x: x[np.arange(n + -n % unit) % n], batch)
-
-    def run(batch: Any) -> Any:
-        n = len(jax.tree.leaves(batch)[0])
-        return jax.tree.map(lambda x: x[:n], each(whole(batch)))
-
-    run.lower = lambda batch: each.lower(whole(batch))  # type: ignore[attr-defined]
-    return run
 
 
 def _model(params: Array, Q: Array) -> Array:

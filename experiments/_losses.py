@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
 import robustloss as rl
+from experiments import UsageError
 
 EXAMPLES: dict[str, dict[str, Any]] = {
     "general": {"alpha": 1.0},
@@ -22,6 +25,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 }
 """Numbers for the parameters that have no default, or a dull one."""
 
+ALIASES = {"mse": "squared_error", "mae": "absolute_error"}
 TITLES = {"squared_error": "MSE", "absolute_error": "MAE"}
 WORDS = {
     "log_cosh": "log-cosh",
@@ -40,6 +44,18 @@ def title(name: str) -> str:
 def example(name: str) -> Callable[..., Array]:
     """The loss, with numbers for its parameters other than `delta`."""
     return partial(rl.LOSSES[name], **EXAMPLES.get(name, {}))
+
+
+def comparable(name: str) -> str:
+    """The library's name of a loss that has a fit to compare, or an error with the nearest one."""
+    name = ALIASES.get(name.lower(), name)
+    if name not in rl.LOSSES:
+        near = difflib.get_close_matches(name, [*rl.LOSSES, *ALIASES], n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(rl.LOSSES)}."
+        raise UsageError(f"no loss is called {name!r}; {hint}")
+    if has_delta(name) and np.isnan(tuned(name, efficiency=0.95)):
+        raise UsageError(f"no delta makes {name} 95 % efficient: nothing to compare it at.")
+    return name
 
 
 def has_delta(name: str) -> bool:

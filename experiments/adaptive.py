@@ -7,7 +7,7 @@ being told which; and on the network of `network` with corrupted targets.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,9 @@ from rich.table import Table
 import robustloss as rl
 from experiments import Keep, Progress, UsageError, _plotting, _results, compute
 from experiments import network as networks
-from experiments._linear_fits import fit_each, over_devices
+from experiments._descent import descent
+from experiments._devices import over_devices
+from experiments._linear_fits import fit_each
 from experiments._losses import title
 from experiments.efficiency import LAWS
 
@@ -50,7 +52,7 @@ class Config:
     share: float = 0.2
     """Of the network's training targets that are corrupted; 0 to 0.5."""
     train: networks.Config = networks.Config(epochs=12, seeds=2)  # noqa: RUF009  (frozen)
-    """How the network is trained; its shares and seed are not used."""
+    """How the network is trained; its losses, shares and seed are not used."""
     out: Path | None = None
     """Where to write; results/adaptive by default."""
     plots: bool = True
@@ -83,6 +85,8 @@ def run(
             raise UsageError(f"--{option} must be >= {least}, got {getattr(config, option)}.")
     if not 0 <= config.share < 0.5:
         raise UsageError(f"--share must be in [0, 0.5), got {config.share}.")
+    train_settings = replace(config.train, seed=config.seed)
+    networks.check_settings(train_settings)
     laws = tuple(LAWS)
     which = np.repeat(np.arange(len(laws)), config.sets)
     seeds = np.tile(np.arange(config.sets), len(laws))
@@ -94,16 +98,15 @@ def run(
     variance = square.mean(1)
 
     progress(0.6, "networks")
-    split = networks.california(config.train.rows, config.seed)
+    split = networks.california(train_settings.rows, config.seed)
     network = {}
     for name in (*FIXED, LEARNED):
+        loss, learned = networks.robust(name) if name != LEARNED else _free_nll, None
         if name == LEARNED:
-            free = {"alpha": jnp.zeros(()), "scale": jnp.log(networks.SPREAD)}
-            train = networks.trainer(config.train, split, _free_nll, learned=free)
-        else:
-            train = networks.trainer(config.train, split, networks.robust(name))
-        trained = keep(f"network-{name}", partial(train, config.share))
-        network[name] = float(np.mean(trained["errors"][:, -1, 0]))
+            learned = {"alpha": jnp.zeros(()), "scale": jnp.log(networks.SPREAD)}
+        train = partial(networks.trained, train_settings, split, loss, (config.share,))
+        trained = keep(f"network-{name}", partial(train, learned=learned))
+        network[name] = float(np.mean(trained["errors"][..., -1, 0]))
     alpha, _ = _alpha_and_scale(trained)
     return Result(
         (*FIXED, LEARNED), laws, variance[:, :1] / variance,
@@ -224,13 +227,8 @@ def _learned(steps: int, X: Array, y: Array, start: Array) -> tuple[Array, Array
     def objective(params: Any) -> Array:
         return jnp.mean(_free_nll(params["b"][0] + X @ params["b"][1:], y, params))
 
-    def step(carry: Any, _: None) -> Any:
-        params, state = carry
-        updates, state = optimizer.update(jax.grad(objective)(params), state, params)
-        return (optax.apply_updates(params, updates), state), None
-
-    params = {"b": start, "alpha": jnp.zeros(()), "scale": jnp.zeros(())}
-    (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), length=steps)
+    start = {"b": start, "alpha": jnp.zeros(()), "scale": jnp.zeros(())}
+    params, _ = descent(objective, optimizer, start, steps)
     return params["b"], _alpha_and_scale(params)[0]
 
 

@@ -19,18 +19,15 @@ from rich.table import Table
 
 from experiments import Progress, UsageError, _results
 
-QUESTIONS = (
-    "kink", "sign", "landscape", "convergence", "outliers", "efficiency", "start", "network",
-    "adaptive", "compare", "losses",
-)  # fmt: skip
+APART = ("all", "accuracy", "speed")
 
 
 @dataclass(frozen=True)
 class Config:
     """Settings of `all`."""
 
-    only: tuple[str, ...] = QUESTIONS
-    """The experiments to run."""
+    only: tuple[str, ...] = ()
+    """The experiments to run; by default all that answer a question."""
     smoke: bool = False
     """Small settings, to see that everything works."""
     seed: int = 0
@@ -57,20 +54,19 @@ def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
     """Runs what is not there yet."""
     from experiments.__main__ import experiments, perform  # noqa: PLC0415  (it runs this file)
 
+    known = {name: question for name, question in experiments().items() if name not in APART}
     for name in config.only:
-        if name not in QUESTIONS:
-            raise UsageError(f"--only takes {', '.join(QUESTIONS)}, got {name!r}.")
-    if not config.only:
-        raise UsageError("--only needs at least one experiment.")
-    known = experiments()
-    modules = {name: importlib.import_module(f"experiments.{name}") for name in config.only}
+        if name not in known:
+            raise UsageError(f"--only takes {', '.join(known)}, got {name!r}.")
+    names = config.only or tuple(known)
+    modules = {name: importlib.import_module(f"experiments.{name}") for name in names}
     settings = {name: _settings(config, name, module) for name, module in modules.items()}
     folders = {name: one.out for name, one in settings.items()}
     for place in folders.values():
         _results.check_writable(place)  # before any work
     told, failed = {}, {}
     for i, (name, module) in enumerate(modules.items()):
-        progress(i / len(config.only), name)
+        progress(i / len(names), name)
         one = settings[name]
         earlier = _earlier(one)
         if earlier is None:
@@ -81,7 +77,7 @@ def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
             failed[name] = f"its finding does not hold: run `python -m experiments {name}`"
         else:
             told[name] = earlier
-    return Result({name: known[name] for name in config.only}, told, failed, folders)
+    return Result({name: known[name] for name in names}, told, failed, folders)
 
 
 def check(result: Result) -> None:

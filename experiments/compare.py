@@ -10,7 +10,6 @@ Beside them, with standard errors, the MM-estimate, which starts where outliers 
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 import time
 from collections.abc import Callable, Sequence
@@ -33,12 +32,11 @@ from rich.table import Column, Table
 
 import robustloss as rl
 from experiments import Progress, UsageError, _plotting, _results
-from experiments._losses import has_delta, title, tuned, with_delta
+from experiments._losses import comparable, title, tuned, with_delta
 from experiments.data import Data, load, read_csv
 from robustloss.losses import redescending
 
 COMPARED = ("absolute_error", "huber", "log_cosh", "pseudo_huber", "squared_error")
-ALIASES = {"mse": "squared_error", "mae": "absolute_error"}
 FEW = 80  # rows that can still be told apart along an axis
 LOW = 0.5  # a row that counts less than this share of a typical row is named
 
@@ -102,7 +100,7 @@ def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
     """Fits every loss of the config to its data."""
     if not config.losses:
         raise UsageError(f"--losses needs at least one of {', '.join(rl.LOSSES)}.")
-    names = tuple(dict.fromkeys(_known(name) for name in config.losses))
+    names = tuple(dict.fromkeys(comparable(name) for name in config.losses))
     data = _data(config)
     if config.steps < 1:
         raise UsageError(f"--steps must be >= 1, got {config.steps}.")
@@ -415,18 +413,6 @@ def _data(config: Config) -> Data:
     return read_csv(
         config.csv, config.target, config.features or None, drop_missing=config.drop_missing
     )
-
-
-def _known(name: str) -> str:
-    """The library's name of a loss, or an error with the nearest one."""
-    name = ALIASES.get(name.lower(), name)
-    if name not in rl.LOSSES:
-        near = difflib.get_close_matches(name, [*rl.LOSSES, *ALIASES], n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(rl.LOSSES)}."
-        raise UsageError(f"no loss is called {name!r}; {hint}")
-    if has_delta(name) and np.isnan(tuned(name, efficiency=0.95)):
-        raise UsageError(f"no delta makes {name} 95 % efficient: nothing to compare it at.")
-    return name
 
 
 # An optimizer is part of the compiled program: the same one, or it compiles again.

@@ -26,8 +26,10 @@ from rich.table import Table
 
 import robustloss as rl
 from experiments import Keep, Progress, UsageError, _plotting, _results, compute
+from experiments._descent import descent
+from experiments._devices import over_devices
 from experiments._losses import example, has_delta, title, tuned, with_delta
-from robustloss.losses import asymmetric, redescending
+from robustloss.losses import asymmetric, convex, redescending
 
 MODELS: dict[str, Callable[[Array, Array], Array]] = {
     "line": lambda b, x: b[0] + b[1] * x,
@@ -125,7 +127,7 @@ def check(result: Result) -> None:
         if name in redescending.__all__:
             assert not line.convex, f"{title(name)} is convex"
             continue
-        if name == "general":
+        if name not in convex.__all__:
             continue
         assert line.convex, f"{title(name)} of a line is not convex"
         assert line.share == 1, f"{title(name)} of a line has ends apart ({line.share:.0%})"
@@ -142,8 +144,10 @@ def findings(result: Result) -> list[str]:
         [result.found[name, model] for model in MODELS]
         for name in ("squared_error", "absolute_error")
     )
-    convex = [n for n in result.losses if n not in (*redescending.__all__, "general")]
-    low, high = (f(result.found[name, "neuron"].share for name in convex) for f in (min, max))
+    low, high = (
+        f(result.found[name, "neuron"].share for name in result.losses if name in convex.__all__)
+        for f in (min, max)
+    )
     return [
         "For a model that is linear in its parameters a convex loss has one minimum, which every "
         "start reaches; redescending losses have more. Behind a tanh no surface is convex, and "
@@ -235,19 +239,23 @@ def _one(config: Config, name: str, model: str) -> dict[str, Any]:
     def objective(b: Array, x: Array, y: Array) -> Array:
         return rl.mean(loss, predict(b, x), y)
 
-    def descent(start: Array, x: Array, y: Array) -> tuple[Array, Array]:
+    def end(at: tuple[Array, Array]) -> tuple[Array, Array]:
+        start, which = at
         found = rl.fit(
-            loss, predict, start, x, y, optimizer=optimizer, steps=config.steps, tolerance=0.0
-        )
+            loss, predict, start, x[which], y[which], optimizer=optimizer, steps=config.steps,
+            tolerance=0.0,
+        )  # fmt: skip
         return found.params, found.value
 
     key = jax.random.key(config.seed)
     x, y = jax.vmap(partial(_data, config, model))(jax.random.split(key, config.sets))
     starts = jax.random.uniform(
-        jax.random.fold_in(key, 1), (config.sets, config.starts, 2), minval=-REACH, maxval=REACH
+        jax.random.fold_in(key, 1), (config.sets * config.starts, 2), minval=-REACH, maxval=REACH
     )
-    all_starts = jax.jit(jax.vmap(jax.vmap(descent, (0, None, None))))
-    ends, values = (np.asarray(v) for v in all_starts(starts, x, y))
+    which = np.repeat(np.arange(config.sets), config.starts)
+    every = over_devices(end, at_once=None)((starts, which))
+    ends, values = (np.asarray(v).reshape(config.sets, config.starts, -1) for v in every)
+    values = values[..., 0]
     best = values.min(axis=1, keepdims=True)
     flat = np.asarray(jax.vmap(lambda x, y: objective(jnp.array([9.0, 0.0]), x, y))(x, y))
     there = values <= best + 0.01 * np.abs(flat[:, None] - best)
@@ -281,16 +289,8 @@ def _convex(surface: np.ndarray) -> bool:
 
 
 def _path(objective: Any, optimizer: Any, steps: int, x: Array, y: Array) -> np.ndarray:
-    @jax.jit
-    def whole(start: Array) -> Array:
-        def step(carry: Any, _: None) -> Any:
-            b, state = carry
-            updates, state = optimizer.update(jax.grad(objective)(b, x, y), state, b)
-            return (optax.apply_updates(b, updates), state), b
-
-        return jax.lax.scan(step, (start, optimizer.init(start)), length=steps)[1]
-
-    return np.asarray(whole(jnp.array([-3.0, -1.0])))
+    whole = partial(descent, lambda b: objective(b, x, y), optimizer, steps=steps)
+    return np.asarray(jax.jit(whole)(jnp.array([-3.0, -1.0]))[1])
 
 
 def _data(config: Config, model: str, key: Array) -> tuple[Array, Array]:

@@ -9,7 +9,7 @@ units, where the gradient of optax's Huber loss vanishes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,12 +22,14 @@ import optax
 from flax import nnx
 from jax import Array
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from rich.console import Console
 from rich.table import Table
 
 import robustloss as rl
 from experiments import Keep, Progress, UsageError, _plotting, _results, compute
-from experiments._linear_fits import check_losses
+from experiments._devices import over_devices
+from experiments._linear_fits import compared
 from experiments._losses import has_delta, title, tuned, with_delta
 from experiments.data import load
 
@@ -72,13 +74,14 @@ SMOKE = Config(
 
 
 class Split(NamedTuple):
-    """Features in standard units; targets in robust ones, clean."""
+    """Features and targets in standard units, the targets clean."""
 
     X: Array
     y: Array
     X_test: Array
     y_test: Array
-    unit: float  # of the target, in 100,000 dollars
+    middle: float  # of the target, in 100,000 dollars
+    unit: float  # in these too
 
 
 class Result(NamedTuple):
@@ -111,28 +114,23 @@ def run(
     config: Config, progress: Progress = lambda done, what: None, keep: Keep = compute
 ) -> Result:
     """Trains every network."""
-    _check(config)
+    check_settings(config)
+    config = replace(config, losses=compared(config.losses))
     split = california(config.rows, config.seed)
-    units = len(config.losses) * len(config.shares) + 2
-    found: dict[tuple[str, float], dict[str, Any]] = {}
+    found = []
     for i, name in enumerate(config.losses):
-        trained = trainer(config, split, robust(name))
-        for j, share in enumerate(config.shares):
-            progress((i * len(config.shares) + j) / units, f"{title(name)}, {share:.0%} corrupted")
-            found[name, share] = keep(f"{name}-{share:g}", partial(trained, share))
+        progress(i / (len(config.losses) + 1), title(name))
+        train = partial(trained, config, split, robust(name))
+        found.append(keep(name, partial(train, config.shares)))
     half = {}
-    whose = {"optax.huber_loss": optax.huber_loss, "rl.huber": rl.huber}
-    for i, (name, huber) in enumerate(whose.items()):
-        progress((units - 2 + i) / units, f"{name} in bfloat16")
-        trained = trainer(config, split, partial(huber, delta=1.0), half=True)
-        of = keep(f"half-{name}", partial(trained, 0.0))
-        half[name] = np.asarray(of["errors"])[:, :, 0].mean(0)
-    shape = (len(config.losses), len(config.shares))
-    errors = np.array([found[n, s]["errors"] for n in config.losses for s in config.shares])
-    train = np.array([found[n, s]["train"] for n in config.losses for s in config.shares])
+    progress(1 - 1 / (len(config.losses) + 1), "bfloat16")
+    for name, huber in {"optax.huber_loss": optax.huber_loss, "rl.huber": rl.huber}.items():
+        train = partial(trained, config, split, partial(huber, delta=1.0), half=True)
+        of = keep(f"half-{name}", partial(train, (0.0,)))
+        half[name] = np.asarray(of["errors"])[0, :, :, 0].mean(0)
     return Result(
-        config.losses, np.array(config.shares), errors.reshape(*shape, *errors.shape[1:]), half,
-        train.reshape(*shape, -1).mean(-1),
+        config.losses, np.array(config.shares), np.array([of["errors"] for of in found]), half,
+        np.array([of["train"] for of in found]).mean(-1),
     )  # fmt: skip
 
 
@@ -144,6 +142,7 @@ def check(result: Result) -> None:
     mse = result.losses.index("squared_error")
     assert np.delete(harm, mse).max() < harm[mse] / 2, "a robust loss is harmed half as much"
     assert np.all(np.isfinite(result.errors)), "an error is not finite"
+    assert result.train[mse, -1] == result.train[:, -1].max(), "as a metric, MAE prefers MSE's"
     ours, theirs = result.half["rl.huber"], result.half["optax.huber_loss"]
     assert ours[-1] < 0.9 * ours[0], "ours does not learn in bfloat16"
     assert ours[-1] < 0.8 * theirs[-1], "ours is no better than optax's in bfloat16"
@@ -230,11 +229,16 @@ def plot(result: Result) -> Figure:
             title=f"Learning with {result.shares[-1]:.0%} corrupted", xlabel="epoch", yscale="log",
             ylabel="test MAE on clean rows, 100,000 dollars",
         )  # fmt: skip
+        middle.yaxis.set_major_locator(LogLocator(subs=(1, 2, 4)))
+        middle.yaxis.set_major_formatter("{x:g}")
+        middle.yaxis.set_minor_formatter(NullFormatter())
         for i, (name, curve) in enumerate(result.half.items()):
             look = _plotting.style((6, 2)[i])
             right.plot(1 + np.arange(len(curve)), curve, **look, lw=2, label=name)
         right.set(title="bfloat16, small targets", xlabel="epoch", ylabel="test MAE, same units")
         right.set_ylim(bottom=0)
+        for panel in (middle, right):
+            panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         left.legend(loc="upper left")
         right.legend(loc="lower left")
         return figure
@@ -253,25 +257,26 @@ def california(rows: int, seed: int) -> Split:
     center = np.median(data.X[train], 0)
     spread = np.subtract(*np.quantile(data.X[train], [0.75, 0.25], axis=0))
     X = np.clip((data.X - center) / spread, -5, 5).astype("f4")
-    unit = float(data.y[train].std())
-    y = ((data.y - np.median(data.y[train])) / unit).astype("f4")
-    return Split(*(jnp.asarray(v) for v in (X[train], y[train], X[test], y[test])), unit)
+    middle, unit = float(np.median(data.y[train])), float(data.y[train].std())
+    y = ((data.y - middle) / unit).astype("f4")
+    return Split(*(jnp.asarray(v) for v in (X[train], y[train], X[test], y[test])), middle, unit)
 
 
 def corrupted(split: Split, share: Array, key: Array) -> Array:
     """Training targets of which a share has its decimal point slipped."""
     bad = jax.random.uniform(key, split.y.shape) < share
-    return jnp.where(bad, 10 * (split.y - split.y.min()) + split.y.min(), split.y)
+    return jnp.where(bad, 10 * split.y + 9 * split.middle / split.unit, split.y)
 
 
-def trainer(
-    config: Any,
+def trained(
+    config: Config,
     split: Split,
     loss: Callable[..., Array],
+    shares: tuple[float, ...],
     half: bool = False,
     learned: dict[str, Array] | None = None,
-) -> Callable[[float], dict[str, Any]]:
-    """A function of the share corrupted, compiled once: errors by seed and epoch, and more.
+) -> dict[str, Any]:
+    """Errors by share corrupted, seed and epoch, and more, of networks that are trained at once.
 
     `loss(predictions, targets)`; with `learned` parameters of its own, these come third, are
     trained along and returned.
@@ -297,7 +302,8 @@ def trainer(
         off = jnp.abs(predictions - split.y_test) * split.unit
         return jnp.stack([off.mean(), jnp.sqrt((off**2).mean()), jnp.median(off)])
 
-    def one(share: Array, key: Array) -> dict[str, Any]:
+    def one(at: tuple[Array, Array]) -> dict[str, Any]:
+        share, key = at
         for_bad, for_start, for_order = jax.random.split(key, 3)
         y = corrupted(split, share, for_bad)
         _, weights = nnx.split(Mlp(split.X.shape[1], config.hidden, nnx.Rngs(for_start)))
@@ -320,13 +326,15 @@ def trainer(
         train = jnp.mean(jnp.abs(fitted - y)) * split.unit
         return {"errors": errors, "train": train, **params["own"]}
 
-    every = jax.jit(jax.vmap(one, (None, 0)))
     keys = jax.random.split(jax.random.key(config.seed), config.seeds)
-    return lambda share: jax.device_get(every(share, keys))
+    n = len(shares)
+    every = jnp.repeat(jnp.asarray(shares), config.seeds), jnp.tile(keys, n)
+    found = jax.device_get(over_devices(one, at_once=None)(every))
+    return jax.tree.map(lambda x: x.reshape(n, config.seeds, *x.shape[1:]), found)
 
 
-def _check(config: Config) -> None:
-    check_losses(config.losses)
+def check_settings(config: Config) -> None:
+    """Tells what cannot be trained."""
     if not config.shares or list(config.shares) != sorted(set(config.shares)):
         raise UsageError(f"--shares must ascend, got {config.shares}.")
     if config.shares[0] != 0 or not config.shares[-1] < 0.5 or len(config.shares) < 2:
