@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -127,29 +126,17 @@ def growth(sizes: list[int], repeats: int) -> Iterator[tuple[int, float]]:
             yield rows, float(np.median(seconds))
 
 
-def memory(rows: int) -> float:
-    """The memory at its peak during a Huber fit, the data included, in sizes of the data."""
-    script = f"""
-import jax
-jax.config.update("jax_enable_x64", True)
-import jax.numpy as jnp, robustloss as rl
-def status(name):
-    return 1024 * next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(name))
-X = jax.random.normal(jax.random.key(0), (1000, {COLUMNS}))
-rl.fit_linear(X, X[:, 0])
-X = jnp.zeros(({rows}, {COLUMNS}))
-for i in range({COLUMNS}):
-    X = jax.jit(lambda X, i: X.at[:, i].set(jax.random.normal(jax.random.key(i), len(X))),
-                donate_argnums=0)(X, i)
-y = X @ jnp.ones({COLUMNS}) + jax.random.normal(jax.random.key(99), {rows})
-size = X.nbytes + y.nbytes
-before = status("VmRSS") - size
-open("/proc/self/clear_refs", "w").write("5")  # VmHWM counts from here
-jax.block_until_ready(rl.fit_linear(X, y))
-print((status("VmHWM") - before) / size)
-"""
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    return float(out.stdout)
+def memory(rows: int) -> dict[str, float]:
+    """What a compiled fit holds at its peak, the data included, in sizes of the data."""
+    with jax.enable_x64(True):
+        data = jnp.zeros((rows, COLUMNS)), jnp.zeros(rows)
+        found = {}
+        for name in ("huber", "absolute_error", "tukey"):
+            fit = jax.jit(partial(rl.fit_linear, loss=rl.LOSSES[name]))
+            of = fit.lower(*data).compile().memory_analysis()
+            parts = of.argument_size_in_bytes, of.output_size_in_bytes, of.temp_size_in_bytes
+            found[name] = sum(parts) / of.argument_size_in_bytes
+    return found
 
 
 def huber_error(X: np.ndarray, y: np.ndarray, found: rl.LinearFit) -> float:

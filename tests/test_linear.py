@@ -394,6 +394,15 @@ def test_quantiles_of_many_rows(x64, n):
 
 
 @pytest.mark.thorough
+def test_memory_of_many_rows(x64):
+    """With the data less than twice what these take: XLA must write no second X."""
+    X, y = jnp.zeros((400_000, 10)), jnp.zeros(400_000)
+    needed = jax.jit(rl.fit_linear).lower(X, y).compile().memory_analysis()
+    given = X.nbytes + y.nbytes
+    assert needed.temp_size_in_bytes + needed.output_size_in_bytes < given
+
+
+@pytest.mark.thorough
 def test_a_thousand_at_once(x64):
     random = np.random.default_rng(5)
     X = random.normal(size=(1000, 30, 2))
@@ -401,6 +410,8 @@ def test_a_thousand_at_once(x64):
     for loss in KINDS.values():
         found = jax.vmap(partial(rl.fit_linear, loss=loss))(X, y)
         assert np.mean(found.converged) > 0.99
+        if loss is rl.huber:  # steps that took the scale as fixed needed up to a hundred
+            assert np.max(found.steps) <= 15
         for i in (0, 500, 999):
             one = rl.fit_linear(X[i], y[i], loss)
             np.testing.assert_allclose(found.coefficients[i], one.coefficients, rtol=1e-7)

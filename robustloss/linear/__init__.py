@@ -184,7 +184,7 @@ def _fit_linear(
             found, covariance = _mm(of, at, chi, floor, key)
         else:
             b = None if start is None else from_coefficients(of, start)
-            found = _m(of, at, spread, b, anywhere)
+            found = _m(of, at, spread, b, anywhere, led=free and of_residuals is not None)
             covariance = inference.huber_h1(of, at, found)
         return _result(of, at, found, floor, covariance, jnp.asarray(True))
 
@@ -192,12 +192,14 @@ def _fit_linear(
         return one(y) if y.ndim == 1 else jax.vmap(one, 1)(y)
 
 
-def _m(of: Problem, at: At, spread: Spread, start: Array | None, anywhere: bool) -> Estimate:
+def _m(
+    of: Problem, at: At, spread: Spread, start: Array | None, anywhere: bool, led: bool
+) -> Estimate:
     """The M-estimate, from least squares unless told."""
     some = thinned(of) if anywhere else None
     if some is not None:
-        start = m_estimate(some, at, spread, least_squares(some)).b
-    return m_estimate(of, at, spread, least_squares(of) if start is None else start)
+        start = m_estimate(some, at, spread, least_squares(some), led=led).b
+    return m_estimate(of, at, spread, least_squares(of) if start is None else start, led=led)
 
 
 def _mm(of: Problem, at: At, chi: Partial, floor: Array, key: Array) -> tuple[Estimate, Array]:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.scipy.linalg import cho_factor, cho_solve
 
+from robustloss._order_statistics import median
 from robustloss.scale import mad
 
 _SAMPLE = 1024  # rows, enough to center and to scale a column by
@@ -118,8 +119,9 @@ def _told(raw: Problem, free: Array) -> Array:
 
 def _median(x: Array, keep: Array | None) -> Array:
     """A middle of each column, 0 where nothing is kept."""
-    x = x if keep is None else jnp.where(keep[:, None], x, jnp.nan)
-    return jnp.nan_to_num(jnp.nanmedian(x, axis=0))
+    w = None if keep is None else keep.astype(jnp.int32)
+    x = x if keep is None else jnp.where(keep[:, None], x, 0)
+    return jnp.nan_to_num(jax.vmap(lambda column: median(column, w), 1)(x))
 
 
 def _largest(X: Array, center: Array, keep: Array | None, spread: Array) -> Array:
@@ -168,8 +170,10 @@ def part(of: Problem, which: slice | Array) -> Problem:
 
 def predictions(of: Problem, b: Array) -> Array:
     """`q b` of each row."""
-    # Not a product of matrices, of which one would have to be written first.
-    each = jnp.sum((of.X - of.center) * (of.slopes @ b), axis=1) + of.constants @ b
+    # Not a product of matrices, of which one would have to be written first; nor may XLA write
+    # X - center before a loop over many b.
+    b, center = lax.optimization_barrier((b, of.center))
+    each = jnp.sum((of.X - center) * (of.slopes @ b), axis=1) + of.constants @ b
     return each if of.keep is None else jnp.where(of.keep, each, 0)
 
 

@@ -118,7 +118,10 @@ def _in_rounds(
             ~first & ~jnp.any(astray),
         )
 
-    any_rows = spaced(each > 0, n, count)
+    if of.w is None and of.keep is None:
+        any_rows = jnp.minimum(-(-n // count) * jnp.arange(count, dtype=jnp.int32), n)
+    else:
+        any_rows = spaced(each > 0, n, count)
     start = least_squares(thinned(of) or of)
     no = jnp.asarray(False)
     zero = jnp.int32(0)
