@@ -213,7 +213,7 @@ def _frisch_newton(
     value = jnp.sum(quantile_loss(-r, level))
 
     def goes_on(at: _Interior) -> Array:
-        now = jnp.sum(quantile_loss(y - a @ at.b, level))
+        now = total(quantile_loss(at.w - at.z, level))
         small = at.gap <= tolerance * (now + tolerance * value)
         return ~small & (at.steps < steps) & (at.gap > 0)
 

@@ -59,18 +59,29 @@ def thinned(of: Problem) -> Problem | None:
     return part(of, spaced(None if whole else of.each() > 0, n, _PART))
 
 
-def _move(equations: Array, newton: Array, near: Array) -> tuple[Array, Array]:
-    """The next step, and whether it follows the scale: close to the end only."""
+def _move(equations: Array, newton: Array, near: Array) -> tuple[Array, Array, Array]:
+    """The next step; whether it follows the scale, close to the end only; how much that falls."""
     k = len(equations)
     normal, terms = equations[:, :k], equations[:, k:]
     if terms.shape[1] == 1:
-        return solve(normal, terms[:, 0]), jnp.asarray(False)
+        return solve(normal, terms[:, 0]), jnp.asarray(False), jnp.zeros_like(near)
     move, by_scale = solve(normal, terms[:, :2]).T
     lead = terms[:, 2]
     whole = move - by_scale * (lead @ move) / (1 + lead @ by_scale)  # Sherman and Morrison
     size = jnp.max(jnp.abs(move))
     follows = newton & (size <= near) & (jnp.max(jnp.abs(whole)) <= 16 * size)
-    return jnp.where(follows, whole, move), follows
+    move = jnp.where(follows, whole, move)
+    return move, follows, jnp.where(follows, lead @ move, 0)
+
+
+def _bend(loss: At, each: Array, r: Array, s: Array, last_r: Array, last_s: Array) -> Array:
+    """How far the influences are from what a step of Newton's took them to become, on average."""
+    here = loss(last_s)
+    pull, curve = influence(here, last_r), curvature(here, last_r)
+    expected = pull + curve * (r - last_r) + (pull - curve * last_r) / last_s * (s - last_s)
+    off = jnp.abs(influence(loss(s), r) - expected)
+    total, curves = (jnp.sum(jnp.where(each > 0, each * x, 0)) for x in (off, curve))
+    return total / jnp.abs(curves)
 
 
 def m_estimate(
@@ -88,7 +99,7 @@ def m_estimate(
     `spread` must be positive. `led`: it is a function of the residuals alone, by which Newton's
     steps are led too, for a loss whose unit is the scale; else it is taken as what it is at each
     step. Converged means that a step moved neither b nor s by more than rounding can tell, in
-    units of s.
+    units of s, or that the next would not.
     """
     each = of.each()
     eps = jnp.finfo(of.y.dtype).eps
@@ -129,15 +140,18 @@ def m_estimate(
             columns = [q * (each * curve)[:, None], *(term[:, None] for term in terms)]
             return q.T @ jnp.where(each[:, None] > 0, jnp.concatenate(columns, axis=1), 0)
 
-        move, follows = _move(sums(of, equations, at.r, *at.lead), at.newton, at.near * at.s)
+        found = sums(of, equations, at.r, *at.lead)
+        move, follows, falls = _move(found, at.newton, at.near * at.s)
         b = at.b - move
         r = predictions(of, b) - of.y
         before, after = objective(at.s, at.r), objective(at.s, r)
-        lower = after <= before + 64 * eps * jnp.abs(before)
-        taken = ~at.newton | lower | follows
+        taken = ~at.newton | follows | (after <= before + 64 * eps * jnp.abs(before))
         s, lead = at_residuals(r, at.s)
         moved = jnp.max(jnp.abs(move))
-        rest = taken & (jnp.maximum(moved, jnp.abs(s - at.s)) <= tolerance * s + noise)
+        still = jnp.maximum(moved, jnp.abs(s - at.s)) <= tolerance * s + noise
+        # The next step is 0 where the equations were as straight as this one took them.
+        bend = _bend(loss, each, r, s, at.r, at.s) + jnp.abs(s - at.s + falls)
+        rest = taken & (still | at.newton & (bend <= 0.1 * tolerance * s))
         # From afar, a loss with several minima could be led from the nearest to another; and
         # where its curvature jumps, round in circles.
         further = ~(taken & (moved <= 0.5 * at.moved))
@@ -157,9 +171,7 @@ def m_estimate(
     s, lead = at_residuals(r, of.size if s is None else s)
     convex = jnp.all((curvature(loss(s), r) >= 0) | (each == 0))
     limit = jnp.where(convex, jnp.inf, jnp.asarray(0.1, s.dtype))
-    no = jnp.asarray(False)
-    inf = jnp.full_like(s, jnp.inf)
-    near = jnp.full_like(s, 0.3)
+    no, inf, near = jnp.asarray(False), jnp.full_like(s, jnp.inf), jnp.full_like(s, 0.3)
     begin = State(start, r, s, lead, jnp.int32(0), inf, convex, limit, near, no, no)
     end = lax.while_loop(goes_on, step, begin)
     finite = jnp.all(jnp.isfinite(end.b)) & jnp.isfinite(end.s)
