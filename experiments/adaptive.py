@@ -202,7 +202,7 @@ def plot(result: Result) -> Figure:
             title="What alpha it learns", xlabel="alpha (2: normal, 0: Cauchy)",
             ylabel="data sets below, %", xlim=(0, 2),
         )  # fmt: skip
-        right.legend(loc="upper left", fontsize=10)
+        right.legend(loc="center", bbox_to_anchor=(0.63, 0.5), fontsize=10)
         return figure
 
 

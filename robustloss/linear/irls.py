@@ -99,7 +99,7 @@ def m_estimate(
     `spread` must be positive. `led`: it is a function of the residuals alone, by which Newton's
     steps are led too, for a loss whose unit is the scale; else it is taken as what it is at each
     step. Converged means that a step moved neither b nor s by more than rounding can tell, in
-    units of s, or that the next would not.
+    units of s, or, if led, that the next would not.
     """
     each = of.each()
     eps = jnp.finfo(of.y.dtype).eps
@@ -149,9 +149,10 @@ def m_estimate(
         s, lead = at_residuals(r, at.s)
         moved = jnp.max(jnp.abs(move))
         still = jnp.maximum(moved, jnp.abs(s - at.s)) <= tolerance * s + noise
-        # The next step is 0 where the equations were as straight as this one took them.
-        bend = _bend(loss, each, r, s, at.r, at.s) + jnp.abs(s - at.s + falls)
-        rest = taken & (still | at.newton & (bend <= 0.1 * tolerance * s))
+        if led:  # The next step is 0 where the equations were as straight as this one took them.
+            bend = _bend(loss, each, r, s, at.r, at.s) + jnp.abs(s - at.s + falls)
+            still |= at.newton & (bend <= 0.1 * tolerance * s)
+        rest = taken & still
         # From afar, a loss with several minima could be led from the nearest to another; and
         # where its curvature jumps, round in circles.
         further = ~(taken & (moved <= 0.5 * at.moved))
