@@ -137,8 +137,10 @@ def m_estimate(
             terms = [each * pull]
             for g in lead:  # what the scale does to the equations, and the residuals to it
                 terms += [each * (pull - curve * r) / at.s, g]
-            columns = [q * (each * curve)[:, None], *(term[:, None] for term in terms)]
-            return q.T @ jnp.where(each[:, None] > 0, jnp.concatenate(columns, axis=1), 0)
+            bent, *terms = (jnp.where(each > 0, term, 0) for term in (each * curve, *terms))
+            if not led:
+                return jnp.column_stack([gram(q, bent), q.T @ terms[0]])
+            return q.T @ jnp.column_stack([q * bent[:, None], *terms])  # in one pass
 
         found = sums(of, equations, at.r, *at.lead)
         move, follows, falls = _move(found, at.newton, at.near * at.s)
