@@ -194,12 +194,9 @@ def findings(result: Result) -> list[str]:
     if result.fits:
         grown = ", ".join(f"{seconds:.3g} s at {rows:,}" for rows, seconds in result.growth.items())
         errors = [t.error for t in result.fits.values() if t.error is not None]
-        said += [
-            f"A Huber fit takes {grown} rows; off the exact answer by {max(errors):.1e} sd(y).",
-            "Memory at the peak, the data included, in sizes of the data: "
-            + ", ".join(f"{name} {size:.2f}" for name, size in result.memory.items())
-            + ".",
-        ]
+        said.append(
+            f"A Huber fit takes {grown} rows; off the exact answer by {max(errors):.1e} sd(y)."
+        )
     return said
 
 
@@ -210,8 +207,16 @@ def _show_fits(result: Result, console: Console) -> None:
         peers = {peer: float(np.median(s)) for peer, s in timing.peers.items()} or {"": np.nan}
         for i, (peer, seconds) in enumerate(peers.items()):
             mine = ("", "", "") if i else (name, f"{ours:.3g}", f"{timing.first:.1f}")
-            beside = (peer, f"{seconds:.3g}", f"{seconds / ours:.0f}") if peer else ("", "", "")
+            beside = (peer, f"{seconds:.3g}", f"{seconds / ours:.1f}") if peer else ("", "", "")
             table.add_row(*mine, *beside)
+    console.print(table)
+    table = Table("rows of a Huber fit", "s")
+    for rows, seconds in result.growth.items():
+        table.add_row(f"{rows:,}", f"{seconds:.3g}")
+    console.print(table)
+    table = Table(f"fit of {list(result.growth)[-2]:,} rows", "memory at the peak / the data")
+    for name, size in result.memory.items():
+        table.add_row(name, f"{size:.2f}")
     console.print(table)
 
 

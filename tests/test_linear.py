@@ -395,7 +395,7 @@ def test_quantiles_of_many_rows(x64, n):
 
 @pytest.mark.thorough
 def test_memory_of_many_rows(x64):
-    """With the data less than twice what these take: XLA must write no second X."""
+    """Less than the data take themselves: XLA must write no second X."""
     X, y = jnp.zeros((400_000, 10)), jnp.zeros(400_000)
     needed = jax.jit(rl.fit_linear).lower(X, y).compile().memory_analysis()
     given = X.nbytes + y.nbytes

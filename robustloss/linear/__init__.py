@@ -184,7 +184,7 @@ def _fit_linear(
             found, covariance = _mm(of, at, chi, floor, key)
         else:
             b = None if start is None else from_coefficients(of, start)
-            found = _m(of, at, spread, b, anywhere, led=free and of_residuals is not None)
+            found = _m(of, at, spread, b, anywhere, joint=free and of_residuals is not None)
             covariance = inference.huber_h1(of, at, found)
         return _result(of, at, found, floor, covariance, jnp.asarray(True))
 
@@ -193,13 +193,13 @@ def _fit_linear(
 
 
 def _m(
-    of: Problem, at: At, spread: Spread, start: Array | None, anywhere: bool, led: bool
+    of: Problem, at: At, spread: Spread, start: Array | None, anywhere: bool, joint: bool
 ) -> Estimate:
     """The M-estimate, from least squares unless told."""
     some = thinned(of) if anywhere else None
     if some is not None:
-        start = m_estimate(some, at, spread, least_squares(some), led=led).b
-    return m_estimate(of, at, spread, least_squares(of) if start is None else start, led=led)
+        start = m_estimate(some, at, spread, least_squares(some), joint=joint).b
+    return m_estimate(of, at, spread, least_squares(of) if start is None else start, joint=joint)
 
 
 def _mm(of: Problem, at: At, chi: Partial, floor: Array, key: Array) -> tuple[Estimate, Array]:

@@ -54,6 +54,10 @@ class Problem(NamedTuple):
         w = jnp.ones_like(self.y) if self.w is None else self.w
         return w if self.keep is None else jnp.where(self.keep, w, 0)
 
+    def counted(self) -> Array | None:
+        """Which rows have a weight; None for all, which XLA should not find out by counting."""
+        return None if self.w is None and self.keep is None else self.each() > 0
+
 
 def problem(X: Array, y: Array, keep: Array | None, w: Array | None, intercept: bool) -> Problem:
     """X is (n, p) and y is (n,), both floating and at least float32."""

@@ -118,10 +118,11 @@ def _in_rounds(
             ~first & ~jnp.any(astray),
         )
 
-    if of.w is None and of.keep is None:
+    kept = of.counted()
+    if kept is None:
         any_rows = jnp.minimum(-(-n // count) * jnp.arange(count, dtype=jnp.int32), n)
     else:
-        any_rows = spaced(each > 0, n, count)
+        any_rows = spaced(kept, n, count)
     start = least_squares(thinned(of) or of)
     no = jnp.asarray(False)
     zero = jnp.int32(0)

@@ -55,8 +55,7 @@ def thinned(of: Problem) -> Problem | None:
     n = len(of.y)
     if n < MANY:
         return None
-    whole = of.w is None and of.keep is None
-    return part(of, spaced(None if whole else of.each() > 0, n, _PART))
+    return part(of, spaced(of.counted(), n, _PART))
 
 
 def _move(equations: Array, newton: Array, near: Array) -> tuple[Array, Array, Array]:
@@ -66,12 +65,12 @@ def _move(equations: Array, newton: Array, near: Array) -> tuple[Array, Array, A
     if terms.shape[1] == 1:
         return solve(normal, terms[:, 0]), jnp.asarray(False), jnp.zeros_like(near)
     move, by_scale = solve(normal, terms[:, :2]).T
-    lead = terms[:, 2]
-    whole = move - by_scale * (lead @ move) / (1 + lead @ by_scale)  # Sherman and Morrison
+    slope = terms[:, 2]
+    whole = move - by_scale * (slope @ move) / (1 + slope @ by_scale)  # Sherman and Morrison
     size = jnp.max(jnp.abs(move))
     follows = newton & (size <= near) & (jnp.max(jnp.abs(whole)) <= 16 * size)
     move = jnp.where(follows, whole, move)
-    return move, follows, jnp.where(follows, lead @ move, 0)
+    return move, follows, jnp.where(follows, slope @ move, 0)
 
 
 def _bend(loss: At, each: Array, r: Array, s: Array, last_r: Array, last_s: Array) -> Array:
@@ -92,14 +91,14 @@ def m_estimate(
     s: Array | None = None,
     steps: int = 500,
     *,
-    led: bool = False,
+    joint: bool = False,
 ) -> Estimate:
     """The b at which `sum(psi(q b - y; s) q) = 0` with `s = spread(of, q b - y, s)`.
 
-    `spread` must be positive. `led`: it is a function of the residuals alone, by which Newton's
-    steps are led too, for a loss whose unit is the scale; else it is taken as what it is at each
-    step. Converged means that a step moved neither b nor s by more than rounding can tell, in
-    units of s, or, if led, that the next would not.
+    `spread` must be positive. `joint`: Newton's steps are of b and s together, for a spread that
+    is a function of the residuals alone and a loss whose unit it is; else each step takes s as
+    fixed. Converged means that a step moved neither b nor s by more than rounding can tell, in
+    units of s, or, if joint, that the next would not.
     """
     each = of.each()
     eps = jnp.finfo(of.y.dtype).eps
@@ -113,7 +112,7 @@ def m_estimate(
         b: Array
         r: Array
         s: Array
-        lead: tuple[Array, ...]  # the gradient of s in r, if led
+        slope: tuple[Array, ...]  # the gradient of s in r, if joint
         steps: Array
         moved: Array
         newton: Array
@@ -123,7 +122,7 @@ def m_estimate(
         rest: Array
 
     def at_residuals(r: Array, s: Array) -> tuple[Array, tuple[Array, ...]]:
-        if not led:
+        if not joint:
             return spread(of, r, s), ()
         s, back = jax.vjp(lambda r: spread(of, r, s), r)
         return s, back(jnp.ones_like(s))
@@ -131,27 +130,27 @@ def m_estimate(
     def step(at: State) -> State:
         here = loss(at.s)
 
-        def equations(q: Array, each: Array, r: Array, *lead: Array) -> Array:
+        def equations(q: Array, each: Array, r: Array, *slope: Array) -> Array:
             curve = jnp.where(at.newton, curvature(here, r), weight(here, r))
             pull = influence(here, r)
             terms = [each * pull]
-            for g in lead:  # what the scale does to the equations, and the residuals to it
+            for g in slope:  # what the scale does to the equations, and the residuals to it
                 terms += [each * (pull - curve * r) / at.s, g]
             bent, *terms = (jnp.where(each > 0, term, 0) for term in (each * curve, *terms))
-            if not led:
+            if not joint:  # faster with the many starts of an S-estimate, which share q
                 return jnp.column_stack([gram(q, bent), q.T @ terms[0]])
             return q.T @ jnp.column_stack([q * bent[:, None], *terms])  # in one pass
 
-        found = sums(of, equations, at.r, *at.lead)
+        found = sums(of, equations, at.r, *at.slope)
         move, follows, falls = _move(found, at.newton, at.near * at.s)
         b = at.b - move
         r = predictions(of, b) - of.y
         before, after = objective(at.s, at.r), objective(at.s, r)
         taken = ~at.newton | follows | (after <= before + 64 * eps * jnp.abs(before))
-        s, lead = at_residuals(r, at.s)
+        s, slope = at_residuals(r, at.s)
         moved = jnp.max(jnp.abs(move))
         still = jnp.maximum(moved, jnp.abs(s - at.s)) <= tolerance * s + noise
-        if led:  # The next step is 0 where the equations were as straight as this one took them.
+        if joint:  # The next step is 0 where the equations were as straight as this one took them.
             bend = _bend(loss, each, r, s, at.r, at.s) + jnp.abs(s - at.s + falls)
             still |= at.newton & (bend <= 0.1 * tolerance * s)
         rest = taken & still
@@ -162,7 +161,7 @@ def m_estimate(
         limit = jnp.where(astray, 0.1 * at.limit, at.limit)
         near = jnp.where(at.followed & further, 0.1 * at.near, at.near)
         new = State(
-            b, r, s, lead, at.steps + 1, moved, moved <= limit * s, limit, near, follows, rest
+            b, r, s, slope, at.steps + 1, moved, moved <= limit * s, limit, near, follows, rest
         )
         old = at._replace(steps=at.steps + 1, newton=jnp.asarray(False), limit=limit)
         return jax.tree.map(lambda x, y: jnp.where(taken, x, y), new, old)
@@ -171,11 +170,11 @@ def m_estimate(
         return ~at.rest & (at.steps < steps) & jnp.all(jnp.isfinite(at.b))
 
     r = predictions(of, start) - of.y
-    s, lead = at_residuals(r, of.size if s is None else s)
+    s, slope = at_residuals(r, of.size if s is None else s)
     convex = jnp.all((curvature(loss(s), r) >= 0) | (each == 0))
     limit = jnp.where(convex, jnp.inf, jnp.asarray(0.1, s.dtype))
     no, inf, near = jnp.asarray(False), jnp.full_like(s, jnp.inf), jnp.full_like(s, 0.3)
-    begin = State(start, r, s, lead, jnp.int32(0), inf, convex, limit, near, no, no)
+    begin = State(start, r, s, slope, jnp.int32(0), inf, convex, limit, near, no, no)
     end = lax.while_loop(goes_on, step, begin)
     finite = jnp.all(jnp.isfinite(end.b)) & jnp.isfinite(end.s)
     return Estimate(end.b, end.s, end.r, end.rest & finite, end.steps)
