@@ -23,6 +23,31 @@ def median(x: Array, w: Array | None) -> Array:
     return 0.5 * x[i] + 0.5 * x[j]
 
 
+def quartiles(x: Array, w: Array | None) -> list[Array]:
+    if w is not None and is_weighted(w):
+        return _weighted_quartiles(x, w)
+    ends = count(x, w) - 1
+    found = []
+    for rank in (ends, 3 * ends):
+        i, j = ranked(x, w, rank // 4 + 1, rank // 4 + 2)
+        part = (rank % 4).astype(x.dtype) / 4
+        found.append(jnp.where(part == 0, x[i], (1 - part) * x[i] + part * x[j]))
+    return found
+
+
+def _weighted_quartiles(x: Array, w: Array) -> list[Array]:
+    order = jnp.argsort(x)
+    x, w = x[order], w[order]
+    above = jnp.cumsum(w)
+    size = above[-1]
+    unit = jnp.maximum(jnp.sum(w * w) / size, jnp.finfo(x.dtype).eps * size)
+    found = []
+    for low in (0.25 * (size - unit), 0.75 * (size - unit)):
+        part = jnp.diff(jnp.clip(above, low, low + unit), prepend=low)
+        found.append(jnp.sum(jnp.where(part > 0, part * x, 0)) / jnp.sum(part))
+    return found
+
+
 def smallest(x: Array, rank: ArrayLike) -> Array:
     """The entry of x, which is (n,), that has `rank` at or below it; not for differentiation."""
     return x[ranked(x, None, rank, rank)[0]]

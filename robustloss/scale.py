@@ -10,7 +10,7 @@ Of weights only the ratios count.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,28 +20,24 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from robustloss._axes import Axis, over_axis
 from robustloss._order_statistics import (
     as_integers,
-    count,
     in_order,
-    is_weighted,
     median,
+    quartiles,
     ranked,
     rounding,
     weight_of,
 )
 from robustloss.losses._elementwise import (
-    at_least_float32,
     check_loss,
     constrained,
     positive,
     readable,
-    real_array,
-    residual,
 )
 from robustloss.losses.convex import absolute_error
 from robustloss.losses.redescending import tukey
-from robustloss.reduce import mask, nonnegative
 
 __all__ = [
     "LocationScale",
@@ -56,7 +52,6 @@ __all__ = [
 ]
 
 Loss = Callable[..., Array]
-Axis = int | Sequence[int] | None
 
 # What makes each consistent at the normal; Phi is its distribution function.
 _MAD = 1.482602218505602  # 1 / Phi^-1(3/4)
@@ -109,7 +104,7 @@ def mad(
     >>> mad(jnp.array([1.0, 2.0, 3.0, 4.0, 1000.0]))
     Array(1.4826022, dtype=float32)
     """
-    return _over_axis(partial(_mad, center is None), x, center, where, weights, axis)
+    return over_axis(partial(_mad, center is None), x, center, where, weights, axis)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -139,12 +134,12 @@ def iqr(
     >>> iqr(jnp.array([1.0, 2.0, 3.0, 4.0, 1000.0]))
     Array(1.4826022, dtype=float32)
     """
-    return _over_axis(_iqr, x, None, where, weights, axis)
+    return over_axis(_iqr, x, None, where, weights, axis)
 
 
 @jax.jit
 def _iqr(x: Array, w: Array | None) -> Array:
-    low, high = _quartiles(x, w)
+    low, high = quartiles(x, w)
     return _IQR * _flat_at_0(_gap(high, low))
 
 
@@ -231,7 +226,7 @@ def _huber(
         if number.shape != ():
             raise ValueError(f"{name} must be one number, got shape {number.shape}")
     kernel = partial(_proposal2, center is None)
-    return LocationScale(*_over_axis(kernel, x, center, where, weights, axis, clip, lost))
+    return LocationScale(*over_axis(kernel, x, center, where, weights, axis, clip, lost))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -341,7 +336,7 @@ def qn(x: ArrayLike, *, where: ArrayLike | None = None, axis: Axis = None) -> Ar
     >>> qn(jnp.array([1.0, 2.0, 3.0, 4.0, 1000.0]))
     Array(2.2191446, dtype=float32)
     """
-    return _over_axis(_qn, x, None, where, None, axis)
+    return over_axis(_qn, x, None, where, None, axis)
 
 
 @jax.jit
@@ -409,7 +404,7 @@ def sn(x: ArrayLike, *, where: ArrayLike | None = None, axis: Axis = None) -> Ar
     >>> sn(jnp.array([1.0, 2.0, 3.0, 4.0, 1000.0]))
     Array(2.3851972, dtype=float32)
     """
-    return _over_axis(_sn, x, None, where, None, axis)
+    return over_axis(_sn, x, None, where, None, axis)
 
 
 @jax.jit
@@ -464,7 +459,7 @@ def tau(
     >>> tau(jnp.array([1.0, 2.0, 3.0, 4.0, 1000.0]))
     Array(1.7440975, dtype=float32)
     """
-    return _over_axis(partial(_tau, center is None), x, center, where, weights, axis)
+    return over_axis(partial(_tau, center is None), x, center, where, weights, axis)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -527,7 +522,7 @@ def m_scale(
     share = _share(breakdown)
 
     kernel = _biweight_scale if loss is _BIWEIGHT else partial(_m_scale, loss)
-    return _over_axis(partial(kernel, center is None), x, center, where, weights, axis, share)
+    return over_axis(partial(kernel, center is None), x, center, where, weights, axis, share)
 
 
 def _share(breakdown: ArrayLike) -> Array:
@@ -615,31 +610,6 @@ def _deviation(r: Array, w: Array | None) -> Array:
     return median(absolute_error(r), w)
 
 
-def _quartiles(x: Array, w: Array | None) -> list[Array]:
-    if w is not None and is_weighted(w):
-        return _weighted_quartiles(x, w)
-    ends = count(x, w) - 1
-    quartiles = []
-    for rank in (ends, 3 * ends):
-        i, j = ranked(x, w, rank // 4 + 1, rank // 4 + 2)
-        part = (rank % 4).astype(x.dtype) / 4
-        quartiles.append(jnp.where(part == 0, x[i], (1 - part) * x[i] + part * x[j]))
-    return quartiles
-
-
-def _weighted_quartiles(x: Array, w: Array) -> list[Array]:
-    order = jnp.argsort(x)
-    x, w = x[order], w[order]
-    above = jnp.cumsum(w)
-    size = above[-1]
-    unit = jnp.maximum(jnp.sum(w * w) / size, jnp.finfo(x.dtype).eps * size)
-    quartiles = []
-    for low in (0.25 * (size - unit), 0.75 * (size - unit)):
-        part = jnp.diff(jnp.clip(above, low, low + unit), prepend=low)
-        quartiles.append(jnp.sum(jnp.where(part > 0, part * x, 0)) / jnp.sum(part))
-    return quartiles
-
-
 def _each(x: Array, w: Array | None) -> Array:
     return jnp.ones_like(x) if w is None else w.astype(x.dtype)
 
@@ -647,61 +617,3 @@ def _each(x: Array, w: Array | None) -> Array:
 def _finite(x: Array) -> Array:
     """inf as the largest number, lest 0 * inf make a NaN of a derivative."""
     return jnp.clip(x, -float(jnp.finfo(x.dtype).max), float(jnp.finfo(x.dtype).max))
-
-
-def _over_axis(
-    kernel: Callable[..., Any],
-    x: ArrayLike,
-    center: ArrayLike | None,
-    where: ArrayLike | None,
-    weights: ArrayLike | None,
-    axis: Axis,
-    *parameters: Array,
-) -> Any:
-    """`kernel(row, weights, *parameters)` of each row along the axes; NaN where it has none."""
-    real_array("x", x)
-    r, dtype = residual(x)
-    shape = r.shape
-    if center is not None:
-        middle = real_array("center", center)
-        if np.broadcast_shapes(middle.shape, shape) != shape:
-            raise ValueError(f"center must broadcast to the shape {shape}, got {middle.shape}")
-        dtype = jnp.result_type(dtype, middle)
-        wide = at_least_float32(dtype)
-        r = r.astype(wide) - middle.astype(wide)
-    keep = None if where is None else mask(where, shape)
-    w = None if keep is None else keep.astype(jnp.int32)
-    if weights is not None:
-        w = nonnegative(weights, shape, where)
-        dtype = jnp.result_type(dtype, w)
-        w = w.astype(at_least_float32(dtype))
-    r = r.astype(at_least_float32(dtype))
-    r = r if keep is None else jnp.where(keep, r, 0)
-
-    r = _rows(r, axis)
-    w = None if w is None else _rows(w, axis)
-    if r.shape[-1] == 0:  # one entry that is dropped
-        r, w = jnp.zeros((*r.shape[:-1], 1), r.dtype), jnp.zeros((*r.shape[:-1], 1), jnp.int32)
-    found = ~jnp.any(jnp.isnan(r), -1)
-    if w is not None:
-        size = jnp.sum(w, -1).astype(r.dtype)
-        found &= (size > 0) & (size < jnp.inf) & jnp.all(w >= 0, -1)
-    wide_parameters = [p.astype(r.dtype) for p in parameters]
-    of_rows = kernel
-    for _ in range(r.ndim - 1):
-        of_rows = jax.vmap(of_rows, (0, None if w is None else 0, *(None for _ in parameters)))
-    results = of_rows(r, w, *wide_parameters)
-    # Added to the result and made of the data, so that its derivative is NaN too.
-    kept = jnp.sum(jnp.where(found[..., None], 0, r), -1)
-    nan = jnp.where(found, 0.0, jnp.nan).astype(r.dtype) * kept
-    return jax.tree.map(lambda result: (result + nan).astype(dtype), results)
-
-
-def _rows(x: Array, axis: Axis) -> Array:
-    """The axes to reduce as one, the last."""
-    if axis is None:
-        return x.reshape(-1)
-    axes = (axis,) if isinstance(axis, int) else tuple(axis)
-    x = jnp.moveaxis(x, axes, range(-len(axes), 0))
-    left = x.shape[: x.ndim - len(axes)]
-    return x.reshape(*left, int(np.prod(x.shape[len(left) :])))

@@ -32,6 +32,7 @@ import jax.experimental
 import numpy as np
 from jax import Array
 
+from robustloss._quadrature import integrals
 from robustloss.losses._elementwise import check_loss, real_array, with_leaves
 from robustloss.views import influence
 
@@ -216,7 +217,7 @@ def _shares(loss: Loss, deltas: np.ndarray | None = None) -> np.ndarray:
         y = np.where(bounded & (np.abs(r) < _END), rho(r, i) - origin[i], 0.0)
         return (y / np.where(bounded, bounds[i] - origin[i], 1.0) * _normal(r))[None]
 
-    (shares,), _ = _integrals(share, n, at_least=1.0)
+    (shares,), _ = integrals(share, n, at_least=1.0)
     return shares + np.where(np.isnan(bounds), np.nan, 0.0)
 
 
@@ -224,7 +225,7 @@ def _moments(psi: Curves, n: int) -> tuple[np.ndarray, np.ndarray]:
     """`E psi(Z + theta)**2` and `E psi'(Z + theta)`, where `E psi(Z + theta) = 0`."""
     theta = np.zeros(n)
     for _ in range(60):
-        (mean, square, slope), size = _integrals(partial(_integrands, psi, theta), n)
+        (mean, square, slope), size = integrals(partial(_integrands, psi, theta), n)
         # What is left of the mean of an odd psi is rounding.
         off = np.abs(mean) > 2e-14 * size[0]
         if not off.any():
@@ -319,89 +320,16 @@ def _peak(f: Callable[[np.ndarray], np.ndarray], x: np.ndarray, rounds: int) -> 
     return float(x[i]), float(values[i])
 
 
-# Integrals over the residual.
+# Residuals at the normal.
 
 
 _END = 37.5  # |z| where the normal density is near the smallest number
 _FAR = 2.0**100  # a residual as good as infinite that can still be squared a few times
 _CHUNK = 8192  # points per call: one shape is compiled, whatever is asked
-_SPLIT = 16
-_TOLERANCE = 1e-15
 
 
 def _normal(z: np.ndarray) -> np.ndarray:
     return np.exp(-0.5 * z * z) / np.sqrt(2 * np.pi)
-
-
-def _weights(nodes: np.ndarray) -> np.ndarray:
-    """Of the rule on these nodes in [-1, 1] that is exact for polynomials of a degree < n."""
-    n = nodes.size
-    return np.linalg.solve(np.polynomial.legendre.legvander(nodes, n - 1).T, 2 * np.eye(n)[0])
-
-
-# Clenshaw and Curtis's nodes: with both ends among them, no kink hides in a corner.
-_NODES = np.sin(np.pi / 16 * np.arange(-8, 9))
-_WEIGHTS = _weights(_NODES)
-_COARSE = np.insert(_weights(np.delete(_NODES, 8)), 8, 0.0)  # does without the middle
-
-
-def _integrals(
-    f: Callable[[np.ndarray, np.ndarray], np.ndarray], n: int, at_least: float = 0.0
-) -> tuple[np.ndarray, np.ndarray]:
-    """The integrals over r of `f(r, i)`, some functions for each i < n, and those of |f|.
-
-    Intervals where two rules differ are split until what they differ by is rounding in the
-    integral of |f|, or in `at_least`: so those with a kink or a jump shrink onto it.
-    """
-    edges = np.append(0.0, 2.0 ** np.arange(-24, 6.5, 0.5))
-    edges = np.append(-edges[:0:-1], edges)
-    i = np.arange(n).repeat(edges.size - 1)
-    low, high = np.tile(edges[:-1], n), np.tile(edges[1:], n)
-    parts, errors, sizes = _rule(f, low, high, i)
-    for _ in range(32):
-        size = np.maximum(_sums(sizes, i, n), at_least)
-        off = _relative(errors, size, i)
-        split = np.flatnonzero(off > _TOLERANCE)
-        if not split.size:
-            break
-        split = split[np.argsort(-off[split])[: 64 * n]]
-        cuts = np.linspace(low[split], high[split], _SPLIT + 1)
-        new = cuts[:-1].ravel(), cuts[1:].ravel(), np.tile(i[split], _SPLIT)
-        found = _rule(f, *new)
-        # A kink is in one part of an interval; where most parts are off, if little, it is by
-        # noise, such as that of a loss in float32, and splitting does not help.
-        rough = _relative(found[1], size, new[2]).reshape(_SPLIT, -1) > _TOLERANCE
-        noisy = (np.sum(rough, axis=0) > _SPLIT / 2) & (off[split] < 1e-6)
-        found[1][:, np.tile(noisy, _SPLIT)] = 0.0
-        old = parts, errors, sizes, low, high, i
-        parts, errors, sizes, low, high, i = (
-            np.concatenate([np.delete(o, split, axis=-1), x], axis=-1)
-            for o, x in zip(old, (*found, *new), strict=True)
-        )
-    return _sums(parts, i, n), _sums(sizes, i, n)
-
-
-def _relative(errors: np.ndarray, size: np.ndarray, i: np.ndarray) -> np.ndarray:
-    return np.max(errors / size[:, i], axis=0)
-
-
-def _rule(
-    f: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    low: np.ndarray,
-    high: np.ndarray,
-    i: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The integral over each interval, how far two rules differ on it, and that of |f|."""
-    half = (high - low) / 2
-    r = ((low + high) / 2)[:, None] + half[:, None] * _NODES
-    r = np.where(r == 0, np.sign(low + high)[:, None] * 1e-20, r)  # 0 from its own side
-    y = f(r.ravel(), i.repeat(_NODES.size))
-    y = y.reshape(-1, *r.shape) * half[:, None]
-    return y @ _WEIGHTS, np.abs(y @ (_WEIGHTS - _COARSE)), np.abs(y) @ _WEIGHTS
-
-
-def _sums(parts: np.ndarray, i: np.ndarray, n: int) -> np.ndarray:
-    return np.stack([np.bincount(i, weights=part, minlength=n) for part in parts])
 
 
 # A loss as curves in float64.

@@ -31,6 +31,29 @@ from robustloss.losses._extended import (
     times,
 )
 from robustloss.losses._pieces import polynomial
+from robustloss.losses._powers import (
+    HUGE,
+    TERMS,
+    above_0,
+    at_infinity,
+    at_two,
+    fraction,
+    fraction_of,
+    inverse,
+    log_of,
+    log_w,
+    moment,
+    negative,
+    per,
+    power_of,
+    pull,
+    ratio,
+    sign_infinity,
+    tail,
+    tame,
+    two_minus,
+    two_minus_exactly,
+)
 from robustloss.losses.convex import absolute_error
 
 __all__ = ["gaussian_nll", "general", "general_nll", "laplace_nll", "student_t_nll"]
@@ -106,17 +129,17 @@ def general(
     lambda r, alpha, d: _by_delta(r, alpha, d),
 )
 def _general(r: Array, alpha: Array, delta: Array) -> Array:
-    beta, lost = _two_minus_exactly(alpha)
+    beta, lost = two_minus_exactly(alpha)
     b, w = jnp.abs(beta + lost), one_plus_square(r, beta, lost, delta)
-    growth, exponent = exp_ratio(*times(0.5 * clamped(alpha, _HUGE), 0.0, w))
-    (m, e), (scale, e_scale) = jnp.frexp(_tame(r)), jnp.frexp(finite(delta))
+    growth, exponent = exp_ratio(*times(0.5 * clamped(alpha, HUGE), 0.0, w))
+    (m, e), (scale, e_scale) = jnp.frexp(tame(r)), jnp.frexp(finite(delta))
     # (r**2 / 2) (L / y) growth, y = u**2 / b, where L = y to the last digit; else delta**2 b L / 2.
     tiny = w.y < 0.5 * jnp.finfo(r.dtype).eps
     mantissa = 0.5 * jnp.where(tiny, m * m, scale * scale * (b * (w.log + w.lost))) * growth
     value = ldexp(mantissa, exponent + 2 * jnp.where(tiny, e, e_scale))
     value = jnp.where((alpha == 2) & ~jnp.isnan(value), (0.5 * r) * r, value)
-    limit = jnp.where(alpha < 0, delta * (delta * (1 - 2 / _negative(alpha))), jnp.inf)
-    return _at_infinity(r, limit, value)
+    limit = jnp.where(alpha < 0, delta * (delta * (1 - 2 / negative(alpha))), jnp.inf)
+    return at_infinity(r, limit, value)
 
 
 @with_partials(
@@ -125,12 +148,12 @@ def _general(r: Array, alpha: Array, delta: Array) -> Array:
     lambda r, alpha, d: _slope_by_delta(r, alpha, d),
 )
 def _slope(r: Array, alpha: Array, delta: Array) -> Array:
-    beta, lost = _two_minus_exactly(alpha)
+    beta, lost = two_minus_exactly(alpha)
     w = one_plus_square(r, beta, lost, delta)
     power, exponent = exponential(*times(-0.5 * beta, -0.5 * lost, w))
-    m, e = jnp.frexp(jnp.abs(_tame(r)))
-    limit = jnp.where(alpha == 1, delta, _sign_infinity(alpha - 1))
-    size = _at_infinity(r, jnp.maximum(limit, 0), ldexp(m * power, exponent + e))
+    m, e = jnp.frexp(jnp.abs(tame(r)))
+    limit = jnp.where(alpha == 1, delta, sign_infinity(alpha - 1))
+    size = at_infinity(r, jnp.maximum(limit, 0), ldexp(m * power, exponent + e))
     return jnp.sign(r) * size
 
 
@@ -141,32 +164,32 @@ def _slope(r: Array, alpha: Array, delta: Array) -> Array:
 )
 def _curvature(r: Array, alpha: Array, delta: Array) -> Array:
     """E (1 - beta t), t = 1 - 1 / w."""
-    beta, lost = _two_minus_exactly(alpha)
+    beta, lost = two_minus_exactly(alpha)
     w = one_plus_square(r, beta, lost, delta)
     power, exponent = exponential(*times(-0.5 * beta, -0.5 * lost, w))
     inner = (alpha >= 1) & (alpha <= 2)  # there, without a difference
     bend = jnp.where(inner, (clamped(alpha, 4) - 1) + beta * w.inverse, 1 - beta * w.t)
     limit = jnp.where(alpha == 2, 1, jnp.where(alpha > 2, jnp.inf, 0))
-    return _at_infinity(r, limit, ldexp(power * bend, exponent))
+    return at_infinity(r, limit, ldexp(power * bend, exponent))
 
 
 def _third(r: Array, alpha: Array, delta: Array, k: int = 0) -> Array:
     """(-r / delta)**k times the third derivative by r, which goes like r**(alpha - 3)."""
-    beta, x = _two_minus(alpha), _tame(r)
-    b, t = jnp.abs(beta), _fraction_of(x, alpha, delta)
-    factor = 3 * _inverse(x, b, delta) + (1 - beta) * t
-    third = -_per(beta * t, x) * _power(x, alpha, delta) * factor * (-_ratio(x, delta)) ** k
-    ends = jnp.where(alpha < 3 - k, 0, (-1) ** k * _sign_infinity((alpha - 1) * (alpha - 2)))
+    beta, x = two_minus(alpha), tame(r)
+    b, t = jnp.abs(beta), fraction_of(x, alpha, delta)
+    factor = 3 * inverse(x, b, delta) + (1 - beta) * t
+    third = -per(beta * t, x) * power_of(x, alpha, delta) * factor * (-ratio(x, delta)) ** k
+    ends = jnp.where(alpha < 3 - k, 0, (-1) ** k * sign_infinity((alpha - 1) * (alpha - 2)))
     flat_end = {0: 2 / delta, 3: -4 / delta}.get(k, 0.0)  # at alpha = 3 - k
     ends = jnp.where(alpha == 3 - k, flat_end, ends)
-    return _at_infinity(r, ends * jnp.sign(r) ** (k + 1), third)
+    return at_infinity(r, ends * jnp.sign(r) ** (k + 1), third)
 
 
 def _curvature_by_alpha(r: Array, alpha: Array, delta: Array) -> Array:
-    beta = _two_minus(alpha)
-    L, t = _log(r, jnp.abs(beta), delta), _fraction(r, jnp.abs(beta), delta)
-    by_alpha = _power(r, alpha, delta) * (0.5 * _tail(L) * (1 - beta * t) + t * t)
-    return _at_two(r, alpha, by_alpha, jnp.inf)
+    beta = two_minus(alpha)
+    L, t = log_w(r, jnp.abs(beta), delta), fraction(r, jnp.abs(beta), delta)
+    by_alpha = power_of(r, alpha, delta) * (0.5 * tail(L) * (1 - beta * t) + t * t)
+    return at_two(r, alpha, by_alpha, jnp.inf)
 
 
 @with_partials(
@@ -176,12 +199,12 @@ def _curvature_by_alpha(r: Array, alpha: Array, delta: Array) -> Array:
 )
 def _slope_by_alpha(r: Array, alpha: Array, delta: Array) -> Array:
     """r E (L - t) / 2."""
-    beta = _two_minus(alpha)
-    x = _tame(r)
-    by_alpha = 0.5 * _slope(x, alpha, delta) * _tail(_log(x, jnp.abs(beta), delta))
+    beta = two_minus(alpha)
+    x = tame(r)
+    by_alpha = 0.5 * _slope(x, alpha, delta) * tail(log_w(x, jnp.abs(beta), delta))
     sign = jnp.sign(r)
     limit = jnp.where(alpha < 1, 0, sign * jnp.inf)
-    return _at_infinity(r, limit, _at_two(r, alpha, by_alpha, sign * jnp.inf))
+    return at_infinity(r, limit, at_two(r, alpha, by_alpha, sign * jnp.inf))
 
 
 @with_partials(
@@ -191,11 +214,11 @@ def _slope_by_alpha(r: Array, alpha: Array, delta: Array) -> Array:
 )
 def _slope_by_delta(r: Array, alpha: Array, delta: Array) -> Array:
     """r E beta t / delta."""
-    beta = _two_minus(alpha)
-    x = _tame(r)
-    by_delta = _slope(x, alpha, delta) / delta * (beta * _fraction(x, jnp.abs(beta), delta))
-    limit = jnp.where(alpha == 1, 1, jnp.where(alpha < 1, 0, _sign_infinity(2 - alpha)))
-    return _at_two(r, alpha, _at_infinity(r, jnp.sign(r) * limit, by_delta), 0.0)
+    beta = two_minus(alpha)
+    x = tame(r)
+    by_delta = _slope(x, alpha, delta) / delta * (beta * fraction(x, jnp.abs(beta), delta))
+    limit = jnp.where(alpha == 1, 1, jnp.where(alpha < 1, 0, sign_infinity(2 - alpha)))
+    return at_two(r, alpha, at_infinity(r, jnp.sign(r) * limit, by_delta), 0.0)
 
 
 # What alpha and delta do to the value are integrals over x from 0 to L, a = alpha / 2:
@@ -210,14 +233,14 @@ def _slope_by_delta(r: Array, alpha: Array, delta: Array) -> Array:
     lambda r, alpha, d: _by_alpha_delta(r, alpha, d),
 )
 def _by_alpha(r: Array, alpha: Array, delta: Array) -> Array:
-    beta = _two_minus(alpha)
+    beta = two_minus(alpha)
     b = jnp.abs(beta)
-    L = _log(_tame(r), b, delta)
-    a = 0.5 * clamped(alpha, _HUGE)
+    L = log_w(tame(r), b, delta)
+    a = 0.5 * clamped(alpha, HUGE)
     integral = (0.25 * b * L) * _inner_integral(L, a, b)
-    by_alpha = (delta * L * integral) * (delta * L) * jnp.exp(_above_0(a * L))
-    limit = jnp.where(alpha < 0, 2 * (delta / _negative(alpha)) ** 2, jnp.inf)
-    return _at_infinity(r, limit, _at_two(r, alpha, by_alpha, jnp.inf))
+    by_alpha = (delta * L * integral) * (delta * L) * jnp.exp(above_0(a * L))
+    limit = jnp.where(alpha < 0, 2 * (delta / negative(alpha)) ** 2, jnp.inf)
+    return at_infinity(r, limit, at_two(r, alpha, by_alpha, jnp.inf))
 
 
 @with_partials(
@@ -226,13 +249,13 @@ def _by_alpha(r: Array, alpha: Array, delta: Array) -> Array:
     lambda r, alpha, d: _by_delta2(r, alpha, d),
 )
 def _by_delta(r: Array, alpha: Array, delta: Array) -> Array:
-    beta, delta = _two_minus(alpha), finite(delta)
+    beta, delta = two_minus(alpha), finite(delta)
     b = jnp.abs(beta)
-    L = _log(_tame(r), b, delta)
-    integral, growth = _outer_integral(L, 0.5 * clamped(alpha, _HUGE), b)
+    L = log_w(tame(r), b, delta)
+    integral, growth = _outer_integral(L, 0.5 * clamped(alpha, HUGE), b)
     by_delta = delta * (0.5 * b * L) * (beta * L) * integral * growth
-    limit = jnp.where(alpha < 0, 2 * delta * (1 - 2 / _negative(alpha)), _sign_infinity(2 - alpha))
-    return _at_two(r, alpha, _at_infinity(r, limit, by_delta), 0.0)
+    limit = jnp.where(alpha < 0, 2 * delta * (1 - 2 / negative(alpha)), sign_infinity(2 - alpha))
+    return at_two(r, alpha, at_infinity(r, limit, by_delta), 0.0)
 
 
 @with_partials(
@@ -242,16 +265,16 @@ def _by_delta(r: Array, alpha: Array, delta: Array) -> Array:
 )
 def _by_alpha2(r: Array, alpha: Array, delta: Array) -> Array:
     """(+-delta**2 / 4) times: integral of x**2 exp(a x), minus exp(h) (L - t)**2."""
-    beta = _two_minus(alpha)
-    L = _log(_tame(r), jnp.abs(beta), delta)
-    h = 0.5 * clamped(alpha, _HUGE) * L
-    shift = _above_0(h)
-    square = jnp.exp(h - shift) * L * _moment(1, L, L) ** 2
-    by_alpha2 = (0.25 * jnp.sign(beta) * L) * (_moment(2, h, shift) - square)
+    beta = two_minus(alpha)
+    L = log_w(tame(r), jnp.abs(beta), delta)
+    h = 0.5 * clamped(alpha, HUGE) * L
+    shift = above_0(h)
+    square = jnp.exp(h - shift) * L * moment(1, L, L) ** 2
+    by_alpha2 = (0.25 * jnp.sign(beta) * L) * (moment(2, h, shift) - square)
     by_alpha2 = (delta * L * by_alpha2) * (delta * L) * jnp.exp(shift)
-    limit = -4 * (delta / _negative(alpha)) ** 2 / _negative(alpha)
+    limit = -4 * (delta / negative(alpha)) ** 2 / negative(alpha)
     limit = jnp.where(alpha < 0, limit, jnp.inf)
-    return _at_two(r, alpha, _at_infinity(r, limit, by_alpha2), jnp.nan)
+    return at_two(r, alpha, at_infinity(r, limit, by_alpha2), jnp.nan)
 
 
 @with_partials(
@@ -260,12 +283,12 @@ def _by_alpha2(r: Array, alpha: Array, delta: Array) -> Array:
     lambda r, alpha, d: (_by_alpha_delta(r, alpha, d) - r * _slope_by_alpha_delta(r, alpha, d)) / d,
 )
 def _by_alpha_delta(r: Array, alpha: Array, delta: Array) -> Array:
-    x = _tame(r)
+    x = tame(r)
     mixed = (2 * _by_alpha(x, alpha, delta) - x * _slope_by_alpha(x, alpha, delta)) / delta
-    mixed = jnp.where(alpha == 2, -0.5 * x * _ratio(x, delta), mixed)
+    mixed = jnp.where(alpha == 2, -0.5 * x * ratio(x, delta), mixed)
     far = jnp.where(alpha < 2, jnp.inf, -jnp.inf)
-    limit = jnp.where(alpha < 0, 4 * (delta / _negative(alpha)) / _negative(alpha), far)
-    return _at_infinity(r, limit, mixed)
+    limit = jnp.where(alpha < 0, 4 * (delta / negative(alpha)) / negative(alpha), far)
+    return at_infinity(r, limit, mixed)
 
 
 @with_partials(
@@ -274,85 +297,68 @@ def _by_alpha_delta(r: Array, alpha: Array, delta: Array) -> Array:
     lambda r, alpha, d: _third(r, alpha, d, 3),
 )
 def _by_delta2(r: Array, alpha: Array, delta: Array) -> Array:
-    x, beta = _tame(r), _two_minus(alpha)
+    x, beta = tame(r), two_minus(alpha)
     b = jnp.abs(beta)
     by_delta = _by_delta(x, alpha, delta) / delta
-    by_delta2 = by_delta - _ratio(x, delta) * _slope_by_delta(x, alpha, delta)
+    by_delta2 = by_delta - ratio(x, delta) * _slope_by_delta(x, alpha, delta)
     # Next to alpha = 1 both grow with r, and their difference does not.
-    L, near = _log(x, b, delta), jnp.abs(alpha - 1) < 0.5
+    L, near = log_w(x, b, delta), jnp.abs(alpha - 1) < 0.5
     a = jnp.where(near, 0.5 * alpha, 0) - 1
     integral, growth = _outer_integral(L, a, 2 - 2 * a)
     other = (0.5 * b * L) * (beta * L) * integral * growth * (4 - alpha)
     by_delta2 = jnp.where(near, (1 - alpha) * by_delta - other, by_delta2)
-    far = jnp.where(alpha == 1, -2, _sign_infinity((2 - alpha) * (1 - alpha)))
-    limit = jnp.where(alpha < 0, 2 * (1 - 2 / _negative(alpha)), far)
-    return _at_two(r, alpha, _at_infinity(r, limit, by_delta2), 0.0)
+    far = jnp.where(alpha == 1, -2, sign_infinity((2 - alpha) * (1 - alpha)))
+    limit = jnp.where(alpha < 0, 2 * (1 - 2 / negative(alpha)), far)
+    return at_two(r, alpha, at_infinity(r, limit, by_delta2), 0.0)
 
 
 def _slope_by_alpha2(r: Array, alpha: Array, delta: Array) -> Array:
-    beta = _two_minus(alpha)
-    tail, t = _tail(_log_of(r, alpha, delta)), _fraction_of(r, alpha, delta)
-    return _slope(r, alpha, delta) * (0.25 * tail**2 + 0.5 * t * (t / beta))
+    beta = two_minus(alpha)
+    rest, t = tail(log_of(r, alpha, delta)), fraction_of(r, alpha, delta)
+    return _slope(r, alpha, delta) * (0.25 * rest**2 + 0.5 * t * (t / beta))
 
 
 def _slope_by_alpha_delta(r: Array, alpha: Array, delta: Array) -> Array:
-    beta = _two_minus(alpha)
-    tail, t = _tail(_log_of(r, alpha, delta)), _fraction_of(r, alpha, delta)
-    return _slope(r, alpha, delta) / delta * (0.5 * beta * t * tail - t * t)
+    beta = two_minus(alpha)
+    rest, t = tail(log_of(r, alpha, delta)), fraction_of(r, alpha, delta)
+    return _slope(r, alpha, delta) / delta * (0.5 * beta * t * rest - t * t)
 
 
 def _by_alpha3(r: Array, alpha: Array, delta: Array) -> Array:
-    beta = _two_minus(alpha)
-    L, t = _log_of(r, alpha, delta), _fraction_of(r, alpha, delta)
-    h = 0.5 * clamped(alpha, _HUGE) * L
-    shift = _above_0(h)
-    cubes = jnp.exp(h - shift) * (_tail(L) ** 3 - 2 * t**2 * (t / beta))
-    by_alpha3 = jnp.sign(beta) / 8 * (L**4 * _moment(3, h, shift) - cubes)
+    beta = two_minus(alpha)
+    L, t = log_of(r, alpha, delta), fraction_of(r, alpha, delta)
+    h = 0.5 * clamped(alpha, HUGE) * L
+    shift = above_0(h)
+    cubes = jnp.exp(h - shift) * (tail(L) ** 3 - 2 * t**2 * (t / beta))
+    by_alpha3 = jnp.sign(beta) / 8 * (L**4 * moment(3, h, shift) - cubes)
     return delta * (delta * by_alpha3) * jnp.exp(shift)
 
 
 def _outer_integral(L: Array, a: Array, b: Array) -> tuple[Array, Array]:
     """T / L**2, for b = 2 |1 - a|, as a product."""
-    h, shift = a * L, _above_0(a * L)
-    far = (_moment(0, h, shift) - _moment(0, (a - 1) * L, shift)) / jnp.where(L > 1, L, 1)
-    parts = jnp.exp(h - shift) * _moment(1, L, L) - h * _inner_integral(L, a, b)
+    h, shift = a * L, above_0(a * L)
+    far = (moment(0, h, shift) - moment(0, (a - 1) * L, shift)) / jnp.where(L > 1, L, 1)
+    parts = jnp.exp(h - shift) * moment(1, L, L) - h * _inner_integral(L, a, b)
     return jnp.where((a > 0) & (L > 1), far, parts), jnp.exp(shift)
 
 
 def _inner_integral(L: Array, a: Array, b: Array) -> Array:
     """I / L**3 exp(max(h, 0)), for b = 2 |1 - a|."""
-    h, shift = a * L, _above_0(a * L)
+    h, shift = a * L, above_0(a * L)
     scaled = jnp.exp(h - shift)
-    parts = (scaled * _moment(2, L, L) - a * _moment(2, h, shift)) / b
+    parts = (scaled * moment(2, L, L) - a * moment(2, h, shift)) / b
     # Next to alpha = 2 these differ by next to nothing; there a series in L, and beyond it
     # the three terms of I.
     near, c = b < 1, jnp.where(b < 1, a, 1)
     series, term, p, q = jnp.zeros_like(L), jnp.full_like(L, 1 / 6), (c - 1) ** 2, c
-    for n in range(3, _TERMS[L.dtype.name]):
+    for n in range(3, TERMS[L.dtype.name]):
         series, term = series + term * (p + q * (n - 1 - c)), term * jnp.minimum(L, 1) / (n + 1)
         p, q = p * (c - 1), q * c
-    far = (_moment(0, h - L, shift) - _moment(0, h, shift) + L * _moment(1, h, shift)) / jnp.where(
+    far = (moment(0, h - L, shift) - moment(0, h, shift) + L * moment(1, h, shift)) / jnp.where(
         L < 1, 1, L
     ) ** 2
     sign = jnp.where(a > 1, -1.0, 1.0)
     return jnp.where(near, jnp.where(L < 1, series * jnp.exp(-shift), far), sign * parts)
-
-
-def _moment(k: int, x: Array, shift: Array) -> Array:
-    """Integral of v**k exp(x v - shift) over v from 0 to 1."""
-    small, constant = jnp.abs(x) < 2, jnp.exp(-shift)
-    y, far = jnp.where(small, x, 0), jnp.where(small, 1, x)
-    top, closed = jnp.exp(x - shift), jnp.zeros_like(x)
-    for j in range(k + 1):
-        closed = (top - (j * closed if j else constant)) / far
-    terms = range(_TERMS[x.dtype.name])
-    coefficients = tuple(1 / (math.factorial(n) * (n + k + 1)) for n in terms)
-    return jnp.where(small, constant * polynomial(y, coefficients), closed)
-
-
-def _tail(L: Array) -> Array:
-    """L - t = L - 1 + exp(-L)."""
-    return L**2 * _moment(1, L, L)
 
 
 def gaussian_nll(
@@ -386,7 +392,7 @@ def gaussian_nll(
 
 @whole
 def _gaussian(r: Array, scale: Array) -> Array:
-    u = _ratio(r, scale)
+    u = ratio(r, scale)
     return (0.5 * u) * u + (jnp.log(scale) + 0.5 * math.log(2 * math.pi))
 
 
@@ -422,7 +428,7 @@ def laplace_nll(
 
 @whole
 def _laplace(r: Array, scale: Array) -> Array:
-    return _ratio(absolute_error(r), scale) + (jnp.log(scale) + math.log(2))
+    return ratio(absolute_error(r), scale) + (jnp.log(scale) + math.log(2))
 
 
 def student_t_nll(
@@ -469,30 +475,30 @@ def student_t_nll(
 def _student_t(r: Array, df: Array, scale: Array) -> Array:
     normaliser = jnp.log(scale) + (0.5 * math.log(2 * math.pi) + _student_t_excess(df))
     normal = jnp.isinf(df)
-    u = _ratio(jnp.where(normal, r, 0), scale)
+    u = ratio(jnp.where(normal, r, 0), scale)
     distance = _student_t_distance(jnp.where(normal, 0, r), df, scale)
     return (0.5 * u) * u + distance + normaliser
 
 
 @with_partials(
-    lambda r, df, s: (clamped(df, _HUGE) + 1) * _pull(r, clamped(df, _HUGE), s),
-    lambda r, df, s: _student_t_by_df(r, clamped(df, _HUGE), s),
-    lambda r, df, s: -(clamped(df, _HUGE) + 1) * _fraction(r, clamped(df, _HUGE), s) / s,
+    lambda r, df, s: (clamped(df, HUGE) + 1) * pull(r, clamped(df, HUGE), s),
+    lambda r, df, s: _student_t_by_df(r, clamped(df, HUGE), s),
+    lambda r, df, s: -(clamped(df, HUGE) + 1) * fraction(r, clamped(df, HUGE), s) / s,
 )
 def _student_t_distance(r: Array, df: Array, scale: Array) -> Array:
     """(df + 1) / 2 log(1 + u**2 / df)."""
-    df = clamped(df, _HUGE)
-    return (0.5 * df + 0.5) * _log(r, df, scale)
+    df = clamped(df, HUGE)
+    return (0.5 * df + 0.5) * log_w(r, df, scale)
 
 
 def _student_t_by_df(r: Array, df: Array, scale: Array) -> Array:
     """(log w - t) / 2 - t / (2 df)."""
-    return 0.5 * (_tail(_log(r, df, scale)) - _fraction(r, df, scale) / df)
+    return 0.5 * (tail(log_w(r, df, scale)) - fraction(r, df, scale) / df)
 
 
 def _student_t_excess(df: Array) -> Array:
     """log gamma(x) - log gamma(x + 1 / 2) + log(x) / 2, x = df / 2: what is not the normal's."""
-    x = 0.5 * clamped(df, _HUGE)
+    x = 0.5 * clamped(df, HUGE)
     # Stirling's series holds from 12 on; below, the gammas are those of x + 12 over a product.
     large, small = x > 12, jnp.where(x > 12, 1, x)
     up = math.prod(((small + (k + 0.5)) / (small + k) for k in range(1, 12)), start=small + 0.5)
@@ -561,20 +567,20 @@ def _general_nll(r: Array, alpha: Array, scale: Array) -> Array:
 
 
 @with_partials(
-    lambda r, alpha, s: _slope(_ratio(r, s), alpha, jnp.ones_like(s)) / s,
-    lambda r, alpha, s: _by_alpha(_ratio(r, s), alpha, jnp.ones_like(s)),
-    lambda r, alpha, s: -_moved(_ratio(r, s), alpha) / s,
+    lambda r, alpha, s: _slope(ratio(r, s), alpha, jnp.ones_like(s)) / s,
+    lambda r, alpha, s: _by_alpha(ratio(r, s), alpha, jnp.ones_like(s)),
+    lambda r, alpha, s: -_moved(ratio(r, s), alpha) / s,
 )
 def _general_distance(r: Array, alpha: Array, scale: Array) -> Array:
     """The general loss of r / scale."""
-    return _general(_ratio(r, scale), alpha, jnp.ones_like(scale))
+    return _general(ratio(r, scale), alpha, jnp.ones_like(scale))
 
 
 def _moved(u: Array, alpha: Array) -> Array:
     """u times the slope at u, for alpha in [0, 2]."""
-    x = _tame(u)
+    x = tame(u)
     moved = x * _slope(x, alpha, jnp.ones_like(alpha))
-    return _at_infinity(u, jnp.where(alpha > 0, jnp.inf, 2), moved)
+    return at_infinity(u, jnp.where(alpha > 0, jnp.inf, 2), moved)
 
 
 def _log_partition(alpha: Array) -> Array:
@@ -608,141 +614,3 @@ def _nodes(alpha: Array) -> tuple[Array, Array]:
 
 
 _NODES = 150
-
-
-# Below, w = 1 + y, y = (r / delta)**2 / b.
-
-
-def _root(r: Array, b: Array, delta: Array) -> Array:
-    """sqrt(y)."""
-    return jnp.abs(r) / delta / jnp.sqrt(b)
-
-
-@with_partials(
-    lambda r, b, d: 2 * _pull(r, b, d),
-    lambda r, b, d: -_fraction(r, b, d) / b,
-    lambda r, b, d: -2 * _fraction(r, b, d) / d,
-)
-def _log(r: Array, b: Array, delta: Array) -> Array:
-    """L = log w."""
-    q = _root(r, b, delta)
-    far = 2 * (jnp.log(jnp.abs(r)) - jnp.log(delta)) - jnp.log(b)
-    return jnp.where(q > 2.0**30, far, jnp.log1p(q * q))
-
-
-@with_partials(
-    lambda r, b, d: 2 * _pull(r, b, d) * _inverse(r, b, d),
-    lambda r, b, d: -_fraction(r, b, d) * _inverse(r, b, d) / b,
-    lambda r, b, d: -2 * _fraction(r, b, d) * _inverse(r, b, d) / d,
-)
-def _fraction(r: Array, b: Array, delta: Array) -> Array:
-    """t = y / w."""
-    q = _root(r, b, delta)
-    s = jnp.where(q > 1, 1 / q, q) ** 2
-    return jnp.where(q > 1, 1, s) / (1 + s)
-
-
-@with_partials(
-    lambda r, b, d: -2 * _pull(r, b, d) * _inverse(r, b, d),
-    lambda r, b, d: _fraction(r, b, d) * _inverse(r, b, d) / b,
-    lambda r, b, d: 2 * _fraction(r, b, d) * _inverse(r, b, d) / d,
-)
-def _inverse(r: Array, b: Array, delta: Array) -> Array:
-    """1 / w."""
-    q = _root(r, b, delta)
-    s = jnp.where(q > 1, 1 / q, q) ** 2
-    return jnp.where(q > 1, s, 1) / (1 + s)
-
-
-@with_partials(
-    lambda r, b, d: _inverse(r, b, d) * (1 - 2 * _fraction(r, b, d)) / b / d / d,
-    lambda r, b, d: -_pull(r, b, d) * _inverse(r, b, d) / b,
-    lambda r, b, d: -2 * _pull(r, b, d) * _inverse(r, b, d) / d,
-)
-def _pull(r: Array, b: Array, delta: Array) -> Array:
-    """t / r."""
-    near = _ratio(r, delta) / b * _inverse(r, b, delta) / delta
-    return jnp.where(_root(r, b, delta) > 1, _fraction(r, b, delta) / r, near)
-
-
-@with_partials(
-    lambda r, alpha, d: (
-        -_per(_two_minus(alpha) * _fraction_of(r, alpha, d), r) * _power(r, alpha, d)
-    ),
-    lambda r, alpha, d: 0.5 * _tail(_log_of(r, alpha, d)) * _power(r, alpha, d),
-    lambda r, alpha, d: _two_minus(alpha) * _fraction_of(r, alpha, d) * _power(r, alpha, d) / d,
-)
-def _power(r: Array, alpha: Array, delta: Array) -> Array:
-    """E = w**(-beta / 2)."""
-    beta, lost = _two_minus_exactly(alpha)
-    w = one_plus_square(r, beta, lost, delta)
-    return ldexp(*exponential(*times(-0.5 * beta, -0.5 * lost, w)))
-
-
-def _fraction_of(r: Array, alpha: Array, delta: Array) -> Array:
-    return _fraction(r, jnp.abs(_two_minus(alpha)), delta)
-
-
-def _log_of(r: Array, alpha: Array, delta: Array) -> Array:
-    return _log(r, jnp.abs(_two_minus(alpha)), delta)
-
-
-# Arithmetic with more digits and more exponents than a float has.
-
-
-def _two_minus(alpha: Array) -> Array:
-    """beta; next to 0 at alpha = 2 and finite at infinity."""
-    beta = 2 - clamped(alpha, _HUGE)
-    return jnp.where(beta == 0, 1 / _HUGE, beta)
-
-
-def _two_minus_exactly(alpha: Array) -> tuple[Array, Array]:
-    """The same in two numbers."""
-    minus, two = -clamped(alpha, _HUGE), jnp.full_like(alpha, 2)
-    large = jnp.abs(minus) > 2
-    beta, lost = sum_of_two(jnp.where(large, minus, two), jnp.where(large, two, minus))
-    return jnp.where(beta == 0, 1 / _HUGE, beta), lost
-
-
-def _tame(r: Array) -> Array:
-    """r, but 0 where it is infinite and a limit takes the formula's place."""
-    return jnp.where(jnp.isinf(r), 0, r)
-
-
-def _above_0(h: Array) -> Array:
-    """max(h, 0), a constant to differentiation."""
-    return lax.stop_gradient(jnp.where(h > 0, h, 0))
-
-
-def _negative(alpha: Array) -> Array:
-    """alpha where it is < 0, and -1 elsewhere, so that nothing is divided by 0."""
-    return jnp.where(alpha < 0, alpha, -1)
-
-
-def _sign_infinity(x: Array) -> Array:
-    """The limit of `x s` as s grows."""
-    return jnp.where(x == 0, 0, jnp.copysign(jnp.inf, x))
-
-
-def _at_infinity(r: Array, limit: ArrayLike, formula: Array) -> Array:
-    """The limit where |r| is infinite, but for a formula that says NaN."""
-    return jnp.where(jnp.isinf(r) & ~jnp.isnan(formula), limit, formula)
-
-
-def _at_two(r: Array, alpha: Array, formula: Array, limit: ArrayLike) -> Array:
-    """The limit at alpha = 2, but for r = 0 and a formula that says NaN."""
-    return jnp.where((alpha == 2) & (r != 0) & ~jnp.isnan(formula), limit, formula)
-
-
-def _per(x: Array, r: Array) -> Array:
-    """`x / r`, and 0 at r = 0."""
-    return x / jnp.where(r == 0, 1, r)
-
-
-@with_partials(lambda r, d: jnp.ones_like(r) / d, lambda r, d: -_ratio(r, d) / d)
-def _ratio(r: Array, delta: Array) -> Array:
-    return r / delta
-
-
-_HUGE = 2.0**80  # from where alpha is infinite to every digit; 2 +- 1 / _HUGE is 2
-_TERMS = {"float32": 16, "float64": 27}  # of series in |x| < 2
