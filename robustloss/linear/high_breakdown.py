@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array, lax
 
 from robustloss._order_statistics import smallest
-from robustloss.linear._problem import Problem, part, predictions, rows, solve
+from robustloss.linear._problem import Problem, first, part, predictions, rows, solve, sums
 from robustloss.linear.irls import Estimate, m_estimate
 from robustloss.views import weight
 
@@ -42,13 +42,18 @@ def s_estimate(of: Problem, loss: Loss, share: Array, floor: Array, key: Array) 
 
     def closer(of: Problem, r: Array, s: Array) -> Array:
         """Newton's step towards the M-scale, in its logarithm."""
-        w = of.each()
-        rho, slope = jax.jvp(loss, (r / s,), (r / s,))
-        above = jnp.sum(jnp.where(w > 0, w * rho, 0)) - target * jnp.sum(w)
-        slope = jnp.sum(jnp.where(w > 0, w * slope, 0))
+
+        def of_rows(_: Array, w: Array, r: Array) -> Array:
+            rho, slope = jax.jvp(loss, (r / s,), (r / s,))
+            terms = rho, slope, (~(jnp.abs(r) <= floor)).astype(r.dtype)
+            return jnp.stack([jnp.sum(jnp.where(w > 0, w * term, 0)) for term in terms])
+
+        total = jnp.sum(of.each())
+        rho, slope, inexact = sums(of, of_rows, r)
+        above = rho - target * total
         slope = jnp.maximum(slope, jnp.finfo(r.dtype).tiny)
         nearer = s * jnp.exp(jnp.clip(above / slope, -1, 1))
-        exact = jnp.sum(jnp.where(jnp.abs(r) <= floor, 0, w)) <= share * jnp.sum(w)
+        exact = inexact <= share * total
         return jnp.where(exact, floor, jnp.maximum(nearer, floor))
 
     def at_scale(s: Array) -> Loss:
@@ -64,7 +69,7 @@ def s_estimate(of: Problem, loss: Loss, share: Array, floor: Array, key: Array) 
     luck = jnp.where(of.each() > 0, jax.random.uniform(order, (n,)), jnp.inf)
     chosen = jnp.isfinite(luck) & (luck <= smallest(luck, taken) if taken < n else True)
     # Those that count come first.
-    sample = part(of, jnp.nonzero(chosen, size=taken, fill_value=n)[0])
+    sample = part(of, first(chosen, taken))
     uniform = jax.random.uniform(draw, (groups, _SUBSETS // groups, k), jnp.float32)
     # In float32, which is enough to see which are best: with y in units of its own.
     unit = jnp.where(of.size > 0, of.size, 1)
@@ -117,8 +122,8 @@ def _screened(
     r = b @ q.T - y
     s = lax.fori_loop(0, 4, lambda _, s: nearer(s, r), s)
     s = jnp.where(jnp.all(jnp.isfinite(b), axis=1) & (s > 0), s, jnp.inf)
-    _, first = lax.top_k(-s, count)
-    return b[first], s[first]
+    _, lowest = lax.top_k(-s, count)
+    return b[lowest], s[lowest]
 
 
 def _distinct(b: Array, s: Array) -> Starts:
@@ -128,8 +133,8 @@ def _distinct(b: Array, s: Array) -> Starts:
     b, s = b[order], -s
     near = jnp.max(jnp.abs(b[:, None] - b), axis=-1) <= 0.01 * s
     again = jnp.any(jnp.tril(near, -1), axis=1)
-    _, first = lax.top_k(-jnp.where(again, jnp.inf, s), _LAST)
-    return jnp.where(again[:, None], jnp.nan, b)[first], s[first]
+    _, lowest = lax.top_k(-jnp.where(again, jnp.inf, s), _LAST)
+    return jnp.where(again[:, None], jnp.nan, b)[lowest], s[lowest]
 
 
 def _rough_median(x: Array, w: Array) -> Array:

@@ -20,7 +20,17 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from robustloss._order_statistics import smallest
-from robustloss.linear._problem import Problem, gram, part, predictions, rows, solve, spaced, sums
+from robustloss.linear._problem import (
+    Problem,
+    first,
+    gram,
+    part,
+    predictions,
+    rows,
+    solve,
+    spaced,
+    sums,
+)
 from robustloss.linear._simplex import Basis, Others, quantile_loss, simplex
 from robustloss.linear.irls import MANY, least_squares, thinned
 
@@ -69,9 +79,9 @@ def quantile_fit(of: Problem, level: Array) -> Vertex:
 def _in_rounds(
     of: Problem, each: Array, level: Array, tolerance: float
 ) -> tuple[Basis, Array, Array, Array, Array]:
-    """With an eighth of the rows: first any, to see where the others are, then the nearest."""
+    """With a sixteenth of the rows: first any, to see where the others are, then the nearest."""
     n, k = len(of.y), len(of.constants)
-    count = max(_ROWS, n // 8)
+    count = max(_ROWS, n // 16)
 
     class State(NamedTuple):
         found: Basis
@@ -84,27 +94,27 @@ def _in_rounds(
     def nearest(residuals: Array) -> tuple[Array, Array]:
         distance = jnp.where(each > 0, jnp.abs(residuals), jnp.inf)
         near = (distance <= smallest(distance, count)) & (each > 0)
-        (which,) = jnp.nonzero(near, size=count, fill_value=n)
-        return which.astype(jnp.int32), (each > 0).at[which].set(False, mode="drop")
+        which = first(near, count)
+        return which, (each > 0).at[which].set(False, mode="drop")
 
     def pulls(q: Array, each: Array, side: Array, y: Array) -> Others:
         pull = side * each
         return Others(q.T @ pull, jnp.abs(q).T @ jnp.abs(pull), jnp.sum(pull * y))
 
     def round(at: State) -> State:
-        first = at.rounds == 0
+        begins = at.rounds == 0
         which, out = nearest(at.residuals)
-        which = jnp.where(first, any_rows, which)
+        which = jnp.where(begins, any_rows, which)
         side = jnp.where(at.residuals >= 0, level, level - 1)
-        pull = jnp.where(out & ~first, side * each, 0)
+        pull = jnp.where(out & ~begins, side * each, 0)
         others = sums(of, pulls, pull, of.y)
         near = part(of, which)
         w = jnp.where(which < n, each[which], 0)
         a, y, kept = w[:, None] * rows(near), w * near.y, w > 0
         b, bound, steps = _frisch_newton(
-            a, y, kept, level, others, at.found.b, jnp.where(first, 1e-4, tolerance)
+            a, y, kept, level, others, at.found.b, jnp.where(begins, 1e-4, tolerance)
         )
-        found = simplex(a, y, kept, level, others, b, jnp.where(first, 0, 200))
+        found = simplex(a, y, kept, level, others, b, jnp.where(begins, 0, 200))
         residuals = of.y - predictions(of, found.b)
         # A row that is met may count as on either side.
         noise = 64 * tolerance * (jnp.abs(of.y) + of.size)
@@ -115,7 +125,7 @@ def _in_rounds(
             bound + others.value,
             at.steps + steps + found.steps,
             at.rounds + 1,
-            ~first & ~jnp.any(astray),
+            ~begins & ~jnp.any(astray),
         )
 
     kept = of.counted()

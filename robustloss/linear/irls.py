@@ -4,7 +4,7 @@ Reweighting cannot raise the objective at a fixed scale, whatever the loss, but 
 a constant factor only; Newton's method squares the distance. A step of Newton's that does not
 lower the objective is taken back, and one of reweighting follows. Where the scale is estimated
 too, steps that take it as fixed come closer by a constant factor again, a poor one in a few data
-sets of a thousand; so near the end they take its gradient along.
+sets of a thousand; so near the end they follow it along the line on which it leads them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from robustloss.linear._problem import Problem, gram, part, predictions, solve, spaced, sums
+from robustloss.linear._problem import (
+    Problem,
+    both_predictions,
+    gram,
+    part,
+    predictions,
+    solve,
+    spaced,
+    sums,
+)
 from robustloss.views import curvature, influence, weight
 
 At = Callable[[Array], Callable[..., Array]]
@@ -58,19 +67,38 @@ def thinned(of: Problem) -> Problem | None:
     return part(of, spaced(of.counted(), n, _PART))
 
 
-def _move(equations: Array, newton: Array, near: Array) -> tuple[Array, Array, Array]:
-    """The next step; whether it follows the scale, close to the end only; how much that falls."""
-    k = len(equations)
-    normal, terms = equations[:, :k], equations[:, k:]
-    if terms.shape[1] == 1:
-        return solve(normal, terms[:, 0]), jnp.asarray(False), jnp.zeros_like(near)
-    move, by_scale = solve(normal, terms[:, :2]).T
-    slope = terms[:, 2]
-    whole = move - by_scale * (slope @ move) / (1 + slope @ by_scale)  # Sherman and Morrison
-    size = jnp.max(jnp.abs(move))
-    follows = newton & (size <= near) & (jnp.max(jnp.abs(whole)) <= 16 * size)
-    move = jnp.where(follows, whole, move)
-    return move, follows, jnp.where(follows, slope @ move, 0)
+def _equations(
+    of: Problem, loss: At, r: Array, s: Array, newton: Array, joint: bool
+) -> tuple[Array, Array]:
+    """The normal matrix and, as columns, the equations of b and what the scale does to them."""
+
+    def terms(q: Array, each: Array, r: Array) -> Array:
+        curve = jnp.where(newton, curvature(loss(s), r), weight(loss(s), r))
+        pull = influence(loss(s), r)
+        columns = [each * pull]
+        if joint:
+            columns.append(each * (pull - curve * r) / s)
+        bent, *columns = (jnp.where(each > 0, x, 0) for x in (each * curve, *columns))
+        if not joint:  # faster with the many starts of an S-estimate, which share q
+            return jnp.column_stack([gram(q, bent), q.T @ columns[0]])
+        return q.T @ jnp.column_stack([q * bent[:, None], *columns])  # in one pass
+
+    found, k = sums(of, terms, r), len(of.constants)
+    return found[:, :k], found[:, k:]
+
+
+def _objectives(of: Problem, loss: Callable[..., Array], *residuals: Array) -> Array:
+    def of_rows(_: Array, each: Array, *residuals: Array) -> Array:
+        return jnp.stack([jnp.sum(jnp.where(each > 0, each * loss(r), 0)) for r in residuals])
+
+    return sums(of, of_rows, *residuals)
+
+
+def _ahead(scale: Callable[[Array], Array], s: Array, r: Array, v: Array) -> Array:
+    """The change t of s where residuals `r - t v` have the scale s + t, by a secant."""
+    off = scale(r) - s
+    slope = (scale(r - off * v) - s - off) / jnp.where(off == 0, 1, off)
+    return off / (1 - jnp.clip(slope, -2, 0.8))
 
 
 def _bend(loss: At, each: Array, r: Array, s: Array, last_r: Array, last_s: Array) -> Array:
@@ -105,14 +133,10 @@ def m_estimate(
     tolerance = eps**0.75
     noise = 4 * eps * of.size  # of residuals
 
-    def objective(s: Array, r: Array) -> Array:
-        return jnp.sum(jnp.where(each > 0, each * loss(s)(r), 0))
-
     class State(NamedTuple):
         b: Array
         r: Array
         s: Array
-        slope: tuple[Array, ...]  # the gradient of s in r, if joint
         steps: Array
         moved: Array
         newton: Array
@@ -121,37 +145,32 @@ def m_estimate(
         followed: Array
         rest: Array
 
-    def at_residuals(r: Array, s: Array) -> tuple[Array, tuple[Array, ...]]:
-        if not joint:
-            return spread(of, r, s), ()
-        s, back = jax.vjp(lambda r: spread(of, r, s), r)
-        return s, back(jnp.ones_like(s))
-
     def step(at: State) -> State:
-        here = loss(at.s)
-
-        def equations(q: Array, each: Array, r: Array, *slope: Array) -> Array:
-            curve = jnp.where(at.newton, curvature(here, r), weight(here, r))
-            pull = influence(here, r)
-            terms = [each * pull]
-            for g in slope:  # what the scale does to the equations, and the residuals to it
-                terms += [each * (pull - curve * r) / at.s, g]
-            bent, *terms = (jnp.where(each > 0, term, 0) for term in (each * curve, *terms))
-            if not joint:  # faster with the many starts of an S-estimate, which share q
-                return jnp.column_stack([gram(q, bent), q.T @ terms[0]])
-            return q.T @ jnp.column_stack([q * bent[:, None], *terms])  # in one pass
-
-        found = sums(of, equations, at.r, *at.slope)
-        move, follows, falls = _move(found, at.newton, at.near * at.s)
+        normal, right = _equations(of, loss, at.r, at.s, at.newton, joint)
+        moves = solve(normal, right)
+        move, t, follows = moves[:, 0], jnp.zeros_like(at.s), jnp.asarray(False)
+        if not joint:
+            r = predictions(of, at.b - move) - of.y
+        else:
+            size, by_scale = jnp.max(jnp.abs(move)), moves[:, 1]
+            r, v = both_predictions(of, at.b - move, by_scale)
+            r = r - of.y
+            t = _ahead(lambda r: spread(of, r, at.s), at.s, r, v)
+            follows = at.newton & (size <= at.near * at.s)
+            follows &= jnp.abs(t) * jnp.max(jnp.abs(by_scale)) <= 16 * size
+            t = jnp.where(follows, t, 0)
+            move, r = (
+                jnp.where(follows, move + t * by_scale, move),
+                jnp.where(follows, r - t * v, r),
+            )
         b = at.b - move
-        r = predictions(of, b) - of.y
-        before, after = objective(at.s, at.r), objective(at.s, r)
+        before, after = _objectives(of, loss(at.s), at.r, r)
         taken = ~at.newton | follows | (after <= before + 64 * eps * jnp.abs(before))
-        s, slope = at_residuals(r, at.s)
+        s = spread(of, r, at.s)
         moved = jnp.max(jnp.abs(move))
         still = jnp.maximum(moved, jnp.abs(s - at.s)) <= tolerance * s + noise
         if joint:  # The next step is 0 where the equations were as straight as this one took them.
-            bend = _bend(loss, each, r, s, at.r, at.s) + jnp.abs(s - at.s + falls)
+            bend = _bend(loss, each, r, s, at.r, at.s) + jnp.abs(s - at.s - t)
             still |= at.newton & (bend <= 0.1 * tolerance * s)
         rest = taken & still
         # From afar, a loss with several minima could be led from the nearest to another; and
@@ -160,9 +179,7 @@ def m_estimate(
         astray = at.newton & ~follows & further & (at.limit < jnp.inf)
         limit = jnp.where(astray, 0.1 * at.limit, at.limit)
         near = jnp.where(at.followed & further, 0.1 * at.near, at.near)
-        new = State(
-            b, r, s, slope, at.steps + 1, moved, moved <= limit * s, limit, near, follows, rest
-        )
+        new = State(b, r, s, at.steps + 1, moved, moved <= limit * s, limit, near, follows, rest)
         old = at._replace(steps=at.steps + 1, newton=jnp.asarray(False), limit=limit)
         return jax.tree.map(lambda x, y: jnp.where(taken, x, y), new, old)
 
@@ -170,11 +187,11 @@ def m_estimate(
         return ~at.rest & (at.steps < steps) & jnp.all(jnp.isfinite(at.b))
 
     r = predictions(of, start) - of.y
-    s, slope = at_residuals(r, of.size if s is None else s)
+    s = spread(of, r, of.size if s is None else s)
     convex = jnp.all((curvature(loss(s), r) >= 0) | (each == 0))
     limit = jnp.where(convex, jnp.inf, jnp.asarray(0.1, s.dtype))
     no, inf, near = jnp.asarray(False), jnp.full_like(s, jnp.inf), jnp.full_like(s, 0.3)
-    begin = State(start, r, s, slope, jnp.int32(0), inf, convex, limit, near, no, no)
+    begin = State(start, r, s, jnp.int32(0), inf, convex, limit, near, no, no)
     end = lax.while_loop(goes_on, step, begin)
     finite = jnp.all(jnp.isfinite(end.b)) & jnp.isfinite(end.s)
     return Estimate(end.b, end.s, end.r, end.rest & finite, end.steps)
