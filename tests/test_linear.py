@@ -376,21 +376,61 @@ def test_mm_of_many_rows(x64):
     np.testing.assert_allclose(found.coefficients, [1, 2, 3], atol=0.2)
 
 
-@pytest.mark.parametrize("n", [66_003])
-def test_quantiles_of_many_rows(x64, n):
+@pytest.mark.parametrize(
+    ("rows", "q", "weighed"),
+    [
+        ("leverage", 0.2, True),
+        ("everywhere", 0.5, True),
+        ("heavy", 0.999, True),
+        pytest.param("leverage", 0.2, False, marks=pytest.mark.thorough),
+    ],
+)
+def test_quantiles_of_many_rows(x64, rows, q, weighed):
     """The rows that are met carry what the others pull, none more than it may."""
+    n, random = 66_003, np.random.default_rng(1)
     X, y = sample(n)
-    X[:5] *= 100
-    q, keep = 0.2, np.arange(n) % 2 == 1  # every second one, where the first round might look
-    found = rl.fit_linear(X, y, partial(rl.quantile, q=q), where=keep)
-    e, A, y = np.asarray(found.residuals)[keep], np.c_[np.ones(n), X][keep], y[keep]
+    if rows == "leverage":
+        X[:5] *= 100
+    elif rows == "everywhere":
+        X = random.standard_cauchy(X.shape)
+        y = X @ [1.0, 2, 3] + random.normal(size=n)
+    else:
+        y = X @ [1.0, 2, 3] + random.standard_t(2, n)
+    keep = np.arange(n) % 2 == 1  # every second one, where the first round might look
+    w = random.uniform(0.5, 2, n) if weighed else np.ones(n)
+    found = rl.fit_linear(
+        X, y, partial(rl.quantile, q=q), where=keep, weights=w if weighed else None
+    )
+    e, A, y, w = np.asarray(found.residuals)[keep], np.c_[np.ones(n), X][keep], y[keep], w[keep]
     met = e == 0
     assert found.converged
     assert found.unique
     assert met.sum() == 4
     np.testing.assert_allclose(e, y - A @ np.r_[found.intercept, found.coefficients], atol=1e-9)
-    carried = np.linalg.solve(A[met].T, -A[~met].T @ np.where(e[~met] > 0, q, q - 1))
+    pull = w[~met] * np.where(e[~met] > 0, q, q - 1)
+    carried = np.linalg.solve(A[met].T, -A[~met].T @ pull) / w[met]
     assert np.all((carried > q - 1) & (carried < q))
+
+
+def test_many_rows_that_are_met_together(x64):
+    """More than take part: on a plane, and whole numbers, whose medians are those of groups."""
+    n, random = 66_003, np.random.default_rng(2)
+    X, y = sample(n)
+    w = random.integers(1, 3, n)
+    fit = partial(rl.fit_linear, loss=partial(rl.quantile, q=0.5), weights=w, where=y < INF)
+    y = np.where(random.random(n) < 0.6, X @ [1.0, 2, 3] + 5, y + random.standard_t(2, n))
+    plane = fit(X, y)
+    assert plane.converged
+    np.testing.assert_allclose(plane.coefficients, [1, 2, 3], atol=1e-12)
+    np.testing.assert_allclose(plane.intercept, 5, atol=1e-12)
+
+    group = random.integers(0, 4, n)
+    y = random.poisson(3.5, n) + 2.0 * group
+    found = fit(np.eye(4)[group][:, 1:], y)
+    medians = [np.median(np.repeat(y[group == g], w[group == g])) for g in range(4)]
+    assert found.converged
+    np.testing.assert_allclose(found.intercept, medians[0], atol=1e-12)
+    np.testing.assert_allclose(found.intercept + found.coefficients, medians[1:], atol=1e-12)
 
 
 @pytest.mark.thorough

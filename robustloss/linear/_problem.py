@@ -203,6 +203,18 @@ def both_predictions(of: Problem, b: Array, v: Array) -> tuple[Array, Array]:
     return first, second
 
 
+def lengths(of: Problem) -> Array:
+    """The length of each q."""
+    k = len(of.constants)
+    axes = jnp.eye(k + k % 2, k, dtype=of.X.dtype)
+
+    def add(i: Array, squares: Array) -> Array:
+        u, v = both_predictions(of, axes[2 * i], axes[2 * i + 1])
+        return squares + u * u + v * v
+
+    return jnp.sqrt(lax.fori_loop(0, len(axes) // 2, add, jnp.zeros_like(of.y)))
+
+
 def sums(of: Problem, terms: Callable[..., Any], *vectors: Array) -> Any:
     """What `terms(q, each, *vectors)` makes of the rows, added up over blocks of them.
 

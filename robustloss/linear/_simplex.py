@@ -29,6 +29,9 @@ class Basis(NamedTuple):
     rows: Array
     b: Array
     optimal: Array
+    """no edge leads down"""
+    alone: Array
+    """no other row is met, so that the edges are all there is to look at"""
     unique: Array
     steps: Array
 
@@ -104,7 +107,7 @@ def simplex(
     blocked = jnp.any(chance[:, None] & (jnp.abs(a @ inverse) > eps), axis=0)
     level_edges = (jnp.abs(slopes) <= noise) & ~blocked
     unique = ~jnp.any(level_edges)
-    return Basis(jnp.where(rows < n, rows, n), b, rest, unique, taken)
+    return Basis(jnp.where(rows < n, rows, n), b, rest, ~jnp.any(chance), unique, taken)
 
 
 def _lowest(e: Array, move: Array, kept: Array, slope: Array) -> Array:

@@ -3,8 +3,8 @@
 The problem is a linear one. Frisch and Newton's method, a primal and dual interior point in
 Mehrotra's predictor-corrector form, comes near the optimum in some twenty steps, whatever the
 number of rows. The rows it nearly meets then name a vertex, that is k rows which are met
-exactly; the simplex method makes sure that no edge leads further down; and the dual point says
-how far below any other coefficients could be.
+exactly; the simplex method makes sure that no edge leads further down; and where more rows are met
+by chance, the dual point says how far below any other coefficients could be.
 
 Where rows are many, only those near the fit take part. The others are counted as being above or
 below it, and once more, about the new fit, if one turns out to be on the other side.
@@ -22,8 +22,9 @@ from jax.typing import ArrayLike
 from robustloss._order_statistics import smallest
 from robustloss.linear._problem import (
     Problem,
-    first,
+    both_predictions,
     gram,
+    lengths,
     part,
     predictions,
     rows,
@@ -72,7 +73,8 @@ def quantile_fit(of: Problem, level: Array) -> Vertex:
     value = jnp.sum(quantile_loss(each * residuals, level))
     # Sums of as many terms as there are rows, each rounded.
     slack = tolerance**0.75 * value + 64 * tolerance * jnp.sum(jnp.abs(each * of.y))
-    optimal = settled & found.optimal & (value - bound <= slack) & jnp.all(jnp.isfinite(found.b))
+    certain = found.alone | (jnp.abs(value - bound) <= slack)
+    optimal = settled & found.optimal & certain & jnp.all(jnp.isfinite(found.b))
     return Vertex(found.b, -residuals, found.unique, optimal, taken)
 
 
@@ -89,43 +91,72 @@ def _in_rounds(
         bound: Array
         steps: Array
         rounds: Array
+        sampling: Array
+        apart: Array  # whether rows that are met together are taken apart
         settled: Array
 
+    def noise(y: Array) -> Array:
+        return 64 * tolerance * (jnp.abs(y) + of.size)
+
+    # More rows may be met than take part, and the side of the others is then anyone's guess. Moved
+    # apart, by next to nothing, they are rows like all others; a basis that is the optimum then is
+    # that of the rows where they were, as long as none is on another side there.
+    fine = tolerance < 1e-12
+    unit = tolerance**0.375 * of.size
+
+    def apart(these: Array) -> Array:
+        return unit * (these * jnp.asarray(0.6180339887498949, unit.dtype) % 1 - 0.5)
+
     def nearest(residuals: Array) -> tuple[Array, Array]:
-        distance = jnp.where(each > 0, jnp.abs(residuals), jnp.inf)
-        near = (distance <= smallest(distance, count)) & (each > 0)
-        which = first(near, count)
+        # In how far the fit would have to move: a row far out crosses over sooner.
+        reach = jnp.maximum(lengths(of), jnp.finfo(of.y.dtype).tiny)
+        distance = jnp.where(each > 0, jnp.abs(residuals) / reach, jnp.inf)
+        near = (distance <= smallest(distance, count - len(anyway))) & (each > 0)
+        which = spaced(near.at[anyway].set(True, mode="drop"), n, count)
         return which, (each > 0).at[which].set(False, mode="drop")
 
-    def pulls(q: Array, each: Array, side: Array, y: Array) -> Others:
-        pull = side * each
+    def sample(residuals: Array) -> tuple[Array, Array]:
+        return any_rows, jnp.zeros(n, bool)
+
+    def pulls(q: Array, counts: Array, pull: Array, y: Array) -> Others:
+        pull = jnp.where(counts > 0, pull, 0)
         return Others(q.T @ pull, jnp.abs(q).T @ jnp.abs(pull), jnp.sum(pull * y))
 
     def round(at: State) -> State:
-        begins = at.rounds == 0
-        which, out = nearest(at.residuals)
-        which = jnp.where(begins, any_rows, which)
+        y = of.y + jnp.where(at.apart, apart(jnp.arange(n)), 0)
         side = jnp.where(at.residuals >= 0, level, level - 1)
-        pull = jnp.where(out & ~begins, side * each, 0)
-        others = sums(of, pulls, pull, of.y)
+        which, out = lax.cond(at.sampling, sample, nearest, at.residuals)
+        rough = at.sampling & ~at.apart
+        others = sums(of, pulls, jnp.where(out, side * each, 0), y)
         near = part(of, which)
         w = jnp.where(which < n, each[which], 0)
-        a, y, kept = w[:, None] * rows(near), w * near.y, w > 0
+        moved = w * jnp.where(at.apart, apart(which), 0)
+        a, near_y, kept = w[:, None] * rows(near), w * near.y + moved, w > 0
         b, bound, steps = _frisch_newton(
-            a, y, kept, level, others, at.found.b, jnp.where(begins, 1e-4, tolerance)
+            a, near_y, kept, level, others, at.found.b, jnp.where(rough, 1e-4, tolerance)
         )
-        found = simplex(a, y, kept, level, others, b, jnp.where(begins, 0, 200))
-        residuals = of.y - predictions(of, found.b)
+        found = simplex(a, near_y, kept, level, others, b, jnp.where(rough, 0, 200))
+        basis = jnp.where(found.rows < count, which[found.rows], n)
+        exactly = found.b - _shift(a, moved, found.rows)
+        theirs, ours = both_predictions(of, found.b, exactly)
+        theirs, ours = y - theirs, of.y - ours
         # A row that is met may count as on either side.
-        noise = 64 * tolerance * (jnp.abs(of.y) + of.size)
-        astray = out & (residuals * jnp.sign(side) < -noise)
+        astray = jnp.any(out & (theirs * (side - level + 0.5) < -noise(of.y)))
+        unlike = (each > 0) & (ours * jnp.sign(theirs) < -noise(of.y))
+        unlike = jnp.any(unlike.at[basis].set(False, mode="drop"))
+        settled = ~at.sampling & ~astray
+        many = jnp.sum((each > 0) & (jnp.abs(ours) <= noise(of.y))) > count // 4
+        begins = rough & many & fine
+        goes_on = at.apart & ~settled
         return State(
-            found._replace(rows=jnp.where(found.rows < count, which[found.rows], n)),
-            residuals,
+            found._replace(rows=basis, b=jnp.where(goes_on, found.b, exactly)),
+            jnp.where(goes_on, theirs, ours + jnp.where(begins, apart(jnp.arange(n)), 0)),
             bound + others.value,
             at.steps + steps + found.steps,
             at.rounds + 1,
-            ~begins & ~jnp.any(astray),
+            begins,
+            begins | goes_on,
+            settled & ~unlike,
         )
 
     kept = of.counted()
@@ -133,15 +164,24 @@ def _in_rounds(
         any_rows = jnp.minimum(-(-n // count) * jnp.arange(count, dtype=jnp.int32), n)
     else:
         any_rows = spaced(kept, n, count)
+    anyway = any_rows[::8]  # or what sets a column apart could be missing
     start = least_squares(thinned(of) or of)
     no = jnp.asarray(False)
     zero = jnp.int32(0)
     begin = State(
-        Basis(jnp.zeros(k, jnp.int32), start, no, no, zero), of.y, jnp.zeros_like(of.size),
-        zero, zero, no,
+        Basis(jnp.zeros(k, jnp.int32), start, no, no, no, zero), of.y, jnp.zeros_like(of.size),
+        zero, zero, ~no, no, no,
     )  # fmt: skip
     end = lax.while_loop(lambda at: ~at.settled & (at.rounds < _ROUNDS), round, begin)
     return end.found, end.residuals, end.bound, end.steps, end.settled
+
+
+def _shift(a: Array, right: Array, basis: Array) -> Array:
+    """What the right-hand side does to the vertex of this basis."""
+    inside = basis < len(a)
+    square, right = (jnp.where(inside, x[basis].T, 0).T for x in (a, right))
+    empty = jnp.sum(a * a, axis=0) == 0
+    return solve(square.T @ square + jnp.diag(empty.astype(a.dtype)), square.T @ right)
 
 
 class _Interior(NamedTuple):
@@ -162,7 +202,7 @@ def _frisch_newton(
     others: Others,
     start: Array,
     tolerance: ArrayLike,
-    steps: int = 100,
+    steps: int = 400,  # extreme levels with heavy tails take a hundred, in R too
 ) -> tuple[Array, Array, Array]:
     """b next to the optimum, and what no other b can be below.
 
