@@ -66,12 +66,14 @@ def simplex(
     def edges(rows: Array) -> tuple[Array, ...]:
         """The slope along each edge, up and down, and what is needed to walk along one."""
         b, inverse, e = residuals(rows)
-        met = jnp.abs(e) <= 16 * eps * (jnp.abs(y) + jnp.abs(a) @ jnp.abs(b))
+        met = jnp.abs(e) <= 16 * eps * (jnp.abs(y) + jnp.sum(jnp.abs(a) * jnp.abs(b), axis=1))
         e = jnp.where(met, 0, e)
         inside = jnp.zeros(n + k, bool).at[rows].set(True)
         pull = jnp.where(met, 0, jnp.where(e > 0, level, level - 1))
         v = (a.T @ jnp.where(kept, pull, 0) + others.pull) @ inverse
-        size = jnp.abs(a).T @ jnp.where(kept, jnp.abs(pull), 0) + others.size
+        size = (
+            jnp.sum(jnp.abs(a) * jnp.where(kept, jnp.abs(pull), 0)[:, None], axis=0) + others.size
+        )
         size = size @ jnp.abs(inverse)
         # Rows that are met by chance have a slope of their own to either side.
         chance = met & ~inside & kept

@@ -1,0 +1,150 @@
+"""Quantile regression of many rows, of which only those near the fit take part.
+
+The others are counted as being above or below it, and once more, about the new fit, if one turns
+out to be on the other side: Portnoy and Koenker (1997).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from robustloss._order_statistics import smallest
+from robustloss.linear._frisch_newton import frisch_newton
+from robustloss.linear._problem import (
+    Problem,
+    both_predictions,
+    lengths,
+    part,
+    rows,
+    solve,
+    spaced,
+    sums,
+)
+from robustloss.linear._simplex import Basis, Others, simplex
+from robustloss.linear.irls import least_squares, thinned
+
+_ROWS = 2**15  # at least take part
+_ROUNDS = 12
+
+
+def in_rounds(
+    of: Problem, unit: Array, level: Array, tolerance: float
+) -> tuple[Basis, Array, Array, Array, Array]:
+    """With a sixteenth of the rows: first any, to see where the others are, then the nearest."""
+    n, k = len(of.y), len(of.constants)
+    count = max(_ROWS, n // 16)
+
+    class State(NamedTuple):
+        found: Basis
+        residuals: Array
+        bound: Array
+        steps: Array
+        rounds: Array
+        sampling: Array
+        apart: Array  # whether rows that are met together are taken apart
+        settled: Array
+
+    def noise(y: Array) -> Array:
+        return 64 * tolerance * (jnp.abs(y) + of.size)
+
+    # More rows may be met than take part, and the side of the others is then anyone's guess. Moved
+    # apart, by next to nothing, they are rows like all others; a basis that is the optimum then is
+    # that of the rows where they were, as long as none is on another side there.
+    fine = tolerance < 1e-12
+    width = tolerance**0.375 * of.size
+
+    def apart(these: Array) -> Array:
+        return width * (these * jnp.asarray(0.6180339887498949, width.dtype) % 1 - 0.5)
+
+    def weights() -> Array:  # made when needed, not kept
+        return of.each() / unit
+
+    def nearest(residuals: Array) -> tuple[Array, Array]:
+        return _nearest(of, weights(), residuals, anyway, count)
+
+    def sample(residuals: Array) -> tuple[Array, Array]:
+        return any_rows, jnp.zeros(n, bool)
+
+    def round(at: State) -> State:
+        each = weights()
+        y = of.y + jnp.where(at.apart, apart(jnp.arange(n)), 0)
+        side = jnp.where(at.residuals >= 0, level, level - 1)
+        which, out = lax.cond(at.sampling, sample, nearest, at.residuals)
+        rough = at.sampling & ~at.apart
+        others = sums(of, _pulls, jnp.where(out, side * each, 0), y)
+        near = part(of, which)
+        w = jnp.where(which < n, each[which], 0)
+        moved = w * jnp.where(at.apart, apart(which), 0)
+        a, near_y, kept = w[:, None] * rows(near), w * near.y + moved, w > 0
+        b, bound, steps = frisch_newton(
+            a, near_y, kept, level, others, at.found.b, jnp.where(rough, 1e-4, tolerance)
+        )
+        found = simplex(a, near_y, kept, level, others, b, jnp.where(rough, 0, 200))
+        basis = jnp.where(found.rows < count, which[found.rows], n)
+        exactly = found.b - _shift(a, moved, found.rows)
+        theirs, ours = both_predictions(of, found.b, exactly)
+        ours = of.y - ours
+        theirs = (of.y - theirs) + jnp.where(at.apart, apart(jnp.arange(n)), 0)
+        # A row that is met may count as on either side.
+        side = jnp.where(at.residuals >= 0, 1, -1)
+        astray = jnp.any(out & (side * theirs < -noise(of.y)))
+        unlike = (each > 0) & (ours * jnp.sign(theirs) < -noise(of.y))
+        unlike = jnp.any(unlike.at[basis].set(False, mode="drop"))
+        settled = ~at.sampling & ~astray
+        many = jnp.sum((each > 0) & (jnp.abs(ours) <= noise(of.y))) > count // 4
+        begins = rough & many & fine
+        goes_on = at.apart & ~settled
+        return State(
+            found._replace(rows=basis, b=jnp.where(goes_on, found.b, exactly)),
+            jnp.where(goes_on, theirs, ours + jnp.where(begins, apart(jnp.arange(n)), 0)),
+            bound + others.value,
+            at.steps + steps + found.steps,
+            at.rounds + 1,
+            begins,
+            begins | goes_on,
+            settled & ~unlike,
+        )
+
+    kept = of.counted()
+    if kept is None:
+        any_rows = jnp.minimum(-(-n // count) * jnp.arange(count, dtype=jnp.int32), n)
+    else:
+        any_rows = spaced(kept, n, count)
+    anyway = any_rows[::8]  # or what sets a column apart could be missing
+    start = least_squares(thinned(of) or of)
+    no = jnp.asarray(False)
+    zero = jnp.int32(0)
+    begin = State(
+        Basis(jnp.zeros(k, jnp.int32), start, no, no, no, zero), of.y, jnp.zeros_like(of.size),
+        zero, zero, ~no, no, no,
+    )  # fmt: skip
+    end = lax.while_loop(lambda at: ~at.settled & (at.rounds < _ROUNDS), round, begin)
+    return end.found, end.residuals, end.bound, end.steps, end.settled
+
+
+def _nearest(
+    of: Problem, each: Array, residuals: Array, anyway: Array, count: int
+) -> tuple[Array, Array]:
+    """The rows next to the fit, with some anyway, and which are out."""
+    # In how far the fit would have to move: a row far out crosses over sooner.
+    reach = jnp.maximum(lengths(of), jnp.finfo(of.y.dtype).tiny)
+    distance = jnp.where(each > 0, jnp.abs(residuals) / reach, jnp.inf)
+    near = (distance <= smallest(distance, count - len(anyway))) & (each > 0)
+    which = spaced(near.at[anyway].set(True, mode="drop"), len(of.y), count)
+    return which, (each > 0).at[which].set(False, mode="drop")
+
+
+def _pulls(q: Array, each: Array, pull: Array, y: Array) -> Others:
+    pull = jnp.where(each > 0, pull, 0)
+    return Others(q.T @ pull, jnp.abs(q).T @ jnp.abs(pull), jnp.sum(pull * y))
+
+
+def _shift(a: Array, right: Array, basis: Array) -> Array:
+    """What the right-hand side does to the vertex of this basis."""
+    inside = basis < len(a)
+    square, right = (jnp.where(inside, x[basis].T, 0).T for x in (a, right))
+    empty = jnp.sum(a * a, axis=0) == 0
+    return solve(square.T @ square + jnp.diag(empty.astype(a.dtype)), square.T @ right)
