@@ -574,7 +574,8 @@ def test_summary(x64):
         assert f"{se:.4f}" in text
     assert "rows beyond 2.5 scales: 4, 21" in text
     assert "21 rows, scale 2.4405, converged in" in text
-    phones = fits("mae")["phones"]
+    calls = load("phones")
+    phones = rl.fit_linear(calls.X, calls.y, rl.absolute_error)
     assert "not unique" in phones.summary()
     with pytest.raises(ValueError, match="names must be 5, one for each column, got 3"):
         phones.summary(data.features)
