@@ -314,7 +314,6 @@ def test_what_fits_exactly(x64, method):
     np.testing.assert_allclose(few.residuals, 0, atol=1e-12)
 
 
-@pytest.mark.thorough
 def test_a_nan_shows(x64):
     X, y = sample()
     for bad in (NAN, INF):
@@ -577,7 +576,7 @@ def test_summary(x64):
     calls = load("phones")
     phones = rl.fit_linear(calls.X, calls.y, rl.absolute_error)
     assert "not unique" in phones.summary()
-    with pytest.raises(ValueError, match="names must be 5, one for each column, got 3"):
+    with pytest.raises(ValueError, match="names must be 1, one for each column, got 3"):
         phones.summary(data.features)
 
 

@@ -54,5 +54,6 @@ def quantile_fit(of: Problem, level: Array) -> Vertex:
     # Sums of as many terms as there are rows, each rounded.
     slack = tolerance**0.75 * value + 64 * tolerance * jnp.sum(jnp.abs(each * of.y))
     certain = found.alone | (jnp.abs(value - bound) <= slack)
-    optimal = settled & found.optimal & certain & jnp.all(jnp.isfinite(found.b))
+    sound = jnp.isfinite(value) & jnp.all(jnp.isfinite(found.b))
+    optimal = settled & found.optimal & certain & sound
     return Vertex(found.b, -residuals, found.unique, optimal, taken)
