@@ -355,6 +355,7 @@ def test_many_rows(x64, n):
     found = rl.fit_linear(X, np.where(keep, y, NAN), where=keep)
     A, r = np.c_[np.ones(n), X][keep], -np.asarray(found.residuals)[keep]
     assert found.converged
+    assert found.steps <= 4  # or it does not follow the scale
     np.testing.assert_allclose(found.scale, 1.482602218505602 * np.median(np.abs(r)), rtol=1e-12)
     k = rl.tune(rl.huber, efficiency=0.95) * found.scale
     inside = A[np.abs(r) <= k]
@@ -418,16 +419,19 @@ def test_many_rows_that_are_met_together(x64):
     w = random.integers(1, 3, n)
     fit = partial(rl.fit_linear, loss=partial(rl.quantile, q=0.5), weights=w, where=y < INF)
     y = np.where(random.random(n) < 0.6, X @ [1.0, 2, 3] + 5, y + random.standard_t(2, n))
-    plane = fit(X, y)
-    assert plane.converged
-    np.testing.assert_allclose(plane.coefficients, [1, 2, 3], atol=1e-12)
-    np.testing.assert_allclose(plane.intercept, 5, atol=1e-12)
+    zeros = np.where(random.random(n) < 0.6, 0, random.exponential(size=n))  # the MAD is 0
+    for given, truth in ((y, [1, 2, 3, 5]), (zeros, [0] * 4), (np.full(n, 3.0), [0, 0, 0, 3])):
+        plane = fit(X, given)
+        assert plane.converged
+        assert plane.unique
+        np.testing.assert_allclose([*plane.coefficients, plane.intercept], truth, atol=1e-12)
 
     group = random.integers(0, 4, n)
     y = random.poisson(3.5, n) + 2.0 * group
     found = fit(np.eye(4)[group][:, 1:], y)
     medians = [np.median(np.repeat(y[group == g], w[group == g])) for g in range(4)]
     assert found.converged
+    assert found.unique
     np.testing.assert_allclose(found.intercept, medians[0], atol=1e-12)
     np.testing.assert_allclose(found.intercept + found.coefficients, medians[1:], atol=1e-12)
 

@@ -26,14 +26,18 @@ from robustloss.linear._problem import (
 from robustloss.linear._simplex import Basis, Others, simplex
 from robustloss.linear.irls import least_squares, thinned
 
-_ROWS = 2**15  # at least take part
+_ROWS = 2**15  # take part at least
 _ROUNDS = 12
 
 
 def in_rounds(
     of: Problem, unit: Array, level: Array, tolerance: float
 ) -> tuple[Basis, Array, Array, Array, Array]:
-    """With a sixteenth of the rows: first any, to see where the others are, then the nearest."""
+    """With a sixteenth of the rows: first any, to see where the others are, then the nearest.
+
+    The vertex, `y - q b`, what no other b can be below, the steps, and whether all rows are on the
+    side they were taken to be on.
+    """
     n, k = len(of.y), len(of.constants)
     count = max(_ROWS, n // 16)
 
@@ -47,14 +51,17 @@ def in_rounds(
         apart: Array  # whether rows that are met together are taken apart
         settled: Array
 
+    size = jnp.where(of.size > 0, of.size, jnp.mean(jnp.abs(of.y)))  # most y may be one number
+    size = jnp.where(size > 0, size, 1)
+
     def noise(y: Array) -> Array:
-        return 64 * tolerance * (jnp.abs(y) + of.size)
+        return 64 * tolerance * (jnp.abs(y) + size)
 
     # More rows may be met than take part, and the side of the others is then anyone's guess. Moved
     # apart, by next to nothing, they are rows like all others; a basis that is the optimum then is
     # that of the rows where they were, as long as none is on another side there.
     fine = tolerance < 1e-12
-    width = tolerance**0.375 * of.size
+    width = tolerance**0.375 * size
 
     def apart(these: Array) -> Array:
         return width * (these * jnp.asarray(0.6180339887498949, width.dtype) % 1 - 0.5)
@@ -98,7 +105,12 @@ def in_rounds(
         begins = rough & many & fine
         goes_on = at.apart & ~settled
         return State(
-            found._replace(rows=basis, b=jnp.where(goes_on, found.b, exactly)),
+            found._replace(
+                rows=basis,
+                b=jnp.where(goes_on, found.b, exactly),
+                # An edge may be level only for as long as rows are apart.
+                unique=found.unique | at.apart,
+            ),
             jnp.where(goes_on, theirs, ours + jnp.where(begins, apart(jnp.arange(n)), 0)),
             bound + others.value,
             at.steps + steps + found.steps,
