@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
@@ -26,29 +27,29 @@ def median(x: Array, w: Array | None) -> Array:
     return 0.5 * x[i] + 0.5 * x[j]
 
 
-def quartiles(x: Array, w: Array | None) -> list[Array]:
+def quartiles(x: Array, w: Array | None) -> tuple[Array, Array]:
     if w is not None and is_weighted(w):
         return _weighted_quartiles(x, w)
-    ends = count(x, w) - 1
-    found = []
-    for rank in (ends, 3 * ends):
-        i, j = ranked(x, w, rank // 4 + 1, rank // 4 + 2)
-        part = (rank % 4).astype(x.dtype) / 4
-        found.append(jnp.where(part == 0, x[i], (1 - part) * x[i] + part * x[j]))
-    return found
+    ranks = (count(x, w) - 1) * jnp.asarray([1, 3], jnp.int32)
+    i, j = jax.vmap(lambda rank: ranked(x, w, rank + 1, rank + 2))(ranks >> 2)
+    part = (ranks & 3).astype(x.dtype) / 4
+    found = jnp.where(part == 0, x[i], (1 - part) * x[i] + part * x[j])
+    return found[0], found[1]
 
 
-def _weighted_quartiles(x: Array, w: Array) -> list[Array]:
+def _weighted_quartiles(x: Array, w: Array) -> tuple[Array, Array]:
     order = jnp.argsort(x)
     x, w = x[order], w[order]
     above = jnp.cumsum(w)
     size = above[-1]
     unit = jnp.maximum(jnp.sum(w * w) / size, jnp.finfo(x.dtype).eps * size)
-    found = []
-    for low in (0.25 * (size - unit), 0.75 * (size - unit)):
+
+    def upto(share: float) -> Array:
+        low = share * (size - unit)
         part = jnp.diff(jnp.clip(above, low, low + unit), prepend=low)
-        found.append(jnp.sum(jnp.where(part > 0, part * x, 0)) / jnp.sum(part))
-    return found
+        return jnp.sum(jnp.where(part > 0, part * x, 0)) / jnp.sum(part)
+
+    return upto(0.25), upto(0.75)
 
 
 def smallest(x: Array, rank: ArrayLike) -> Array:

@@ -91,7 +91,7 @@ def frisch_newton(
         gap = total(x * z + s * w)
         new = _Interior(x, s, b, z, w, gap, at.steps + 1)
         # Where rounding has the last word, the gap is no longer a number.
-        sound = jnp.isfinite(gap) & (gap >= 0)
+        sound = jnp.isfinite(gap) & (gap >= 0) & jnp.all(jnp.isfinite(b))
         return jax.tree.map(lambda v, u: jnp.where(sound, v, u), new, at._replace(gap=-at.gap))
 
     value = jnp.sum(quantile_loss(-r, level))

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.scipy.linalg import cho_factor, cho_solve
+from jax.scipy.special import ndtri
 
 from robustloss._order_statistics import median
-from robustloss.scale import mad
 
 _SAMPLE = 1024  # rows, enough to center and to scale a column by
 _BLOCK = 16384  # rows, few enough for a cache
@@ -69,10 +69,7 @@ def problem(X: Array, y: Array, keep: Array | None, w: Array | None, intercept: 
         kept = keep[some] & (some < n)
     # Of most of the rows: one wild entry must not flatten the others.
     table = jnp.concatenate([X[some], y[some, None]], axis=1)
-    middles = _median(table, kept) if intercept else jnp.zeros(p + 1, X.dtype)
-    spreads = jnp.nan_to_num(mad(
-        table, center=middles, axis=0, where=None if kept is None else kept[:, None]
-    ))  # fmt: skip
+    middles, spreads = _middles_and_spreads(table, kept, intercept)
     center, middle, spread, size = middles[:p], middles[p], spreads[:p], spreads[p]
     spread = jnp.where(spread > 0, spread, _largest(X, center, keep, spread))
     if intercept:
@@ -121,11 +118,18 @@ def _told(raw: Problem, free: Array) -> Array:
     return ~jnp.any(jnp.abs(free) > noise, axis=1)
 
 
-def _median(x: Array, keep: Array | None) -> Array:
-    """A middle of each column, 0 where nothing is kept."""
+def _middles_and_spreads(x: Array, keep: Array | None, intercept: bool) -> tuple[Array, Array]:
+    """The median of each column, or 0 without an intercept, and the MAD about it."""
     w = None if keep is None else keep.astype(jnp.int32)
     x = x if keep is None else jnp.where(keep[:, None], x, 0)
-    return jnp.nan_to_num(jax.vmap(lambda column: median(column, w))(x.T))
+
+    def middle(x: Array, wanted: Array) -> tuple[Array, Array]:
+        found = jax.vmap(lambda column: median(column, w))(x)
+        found = jnp.where(wanted, jnp.nan_to_num(found), 0)
+        return jnp.abs(x - found[:, None]), found
+
+    _, (middles, deviations) = lax.scan(middle, x.T, jnp.asarray([intercept, True]))
+    return middles, deviations / ndtri(0.75)
 
 
 def _largest(X: Array, center: Array, keep: Array | None, spread: Array) -> Array:

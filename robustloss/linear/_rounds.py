@@ -101,7 +101,8 @@ def in_rounds(
         unlike = (each > 0) & (ours * jnp.sign(theirs) < -noise(of.y))
         unlike = jnp.any(unlike.at[basis].set(False, mode="drop"))
         settled = ~at.sampling & ~astray
-        many = jnp.sum((each > 0) & (jnp.abs(ours) <= noise(of.y))) > count // 4
+        # So rough a fit is only next to what they are met by.
+        many = jnp.sum((each > 0) & (jnp.abs(ours) <= width)) > count // 4
         begins = rough & many & fine
         goes_on = at.apart & ~settled
         return State(

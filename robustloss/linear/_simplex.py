@@ -36,6 +36,28 @@ class Basis(NamedTuple):
     steps: Array
 
 
+class _Seen(NamedTuple):
+    """A vertex, and the slope along each of its edges, up and down."""
+
+    rows: Array
+    b: Array
+    inverse: Array
+    e: Array
+    chance: Array
+    """rows that are met without being in the basis"""
+    slopes: Array
+    noise: Array
+
+
+class _At(NamedTuple):
+    rows: Array
+    taken: Array
+    goes: Array
+    optimal: Array
+    seen: _Seen
+    """the last vertex that was looked at"""
+
+
 def simplex(
     a: Array,
     y: Array,
@@ -55,20 +77,15 @@ def simplex(
     kept = jnp.concatenate([kept, empty])
     level = jnp.asarray(level, y.dtype)
 
-    def residuals(rows: Array) -> tuple[Array, Array, Array]:
+    def look(rows: Array) -> _Seen:
         square = a[rows]
         lu = jax.scipy.linalg.lu_factor(square)
-        b = jax.scipy.linalg.lu_solve(lu, y[rows])
-        b = b + jax.scipy.linalg.lu_solve(lu, y[rows] - square @ b)
         inverse = jax.scipy.linalg.lu_solve(lu, jnp.eye(k, dtype=a.dtype))
-        return b, inverse, (y - a @ b).at[rows].set(0)
-
-    def edges(rows: Array) -> tuple[Array, ...]:
-        """The slope along each edge, up and down, and what is needed to walk along one."""
-        b, inverse, e = residuals(rows)
+        b = inverse @ y[rows]
+        b = b + inverse @ (y[rows] - square @ b)
+        e = (y - a @ b).at[rows].set(0)
         met = jnp.abs(e) <= 16 * eps * (jnp.abs(y) + jnp.sum(jnp.abs(a) * jnp.abs(b), axis=1))
         e = jnp.where(met, 0, e)
-        inside = jnp.zeros(n + k, bool).at[rows].set(True)
         pull = jnp.where(met, 0, jnp.where(e > 0, level, level - 1))
         v = (a.T @ jnp.where(kept, pull, 0) + others.pull) @ inverse
         size = (
@@ -76,7 +93,7 @@ def simplex(
         )
         size = size @ jnp.abs(inverse)
         # Rows that are met by chance have a slope of their own to either side.
-        chance = met & ~inside & kept
+        chance = (met & kept).at[rows].set(False)
 
         def of_chance() -> tuple[Array, Array]:
             move = jnp.where(chance[:, None], a @ inverse, 0)
@@ -87,29 +104,29 @@ def simplex(
 
         up, down = lax.cond(jnp.any(chance), of_chance, none)
         slopes = jnp.stack([(1 - level) - v + up, level + v + down])
-        return slopes, 64 * eps * (size + 1), b, inverse, e
+        return _Seen(rows, b, inverse, e, chance, slopes, 64 * eps * (size + 1))
 
-    def walk(at: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        rows, taken, _ = at
-        slopes, noise, _, inverse, e = edges(rows)
-        side, j = jnp.unravel_index(jnp.argmin(slopes / noise), slopes.shape)
-        downhill = slopes[side, j] < -noise[j]
-        move = a @ inverse[:, j] * jnp.where(side == 0, 1, -1)
-        slope = jnp.where(downhill, slopes[side, j], jnp.inf)
-        row = jnp.where(downhill, _lowest(e, move, kept, slope), rows[j])
-        return rows.at[j].set(row.astype(jnp.int32)), taken + 1, ~downhill
+    def walk(at: _At) -> _At:
+        here = look(at.rows)
+        side, j = jnp.unravel_index(jnp.argmin(here.slopes / here.noise), here.slopes.shape)
+        downhill = here.slopes[side, j] < -here.noise[j]
+        goes = downhill & (at.taken < steps)
+        move = a @ here.inverse[:, j] * jnp.where(side == 0, 1, -1)
+        slope = jnp.where(goes, here.slopes[side, j], jnp.inf)
+        row = jnp.where(goes, _lowest(here.e, move, kept, slope), at.rows[j])
+        rows = at.rows.at[j].set(row.astype(jnp.int32))
+        return _At(rows, at.taken + goes, goes, ~downhill, here)
 
     start = _choose(a, y - a @ near, kept)
-    rows, taken, rest = lax.while_loop(
-        lambda at: ~at[2] & (at[1] < steps), walk, (start, jnp.int32(0), jnp.asarray(False))
-    )
-    slopes, noise, b, inverse, e = edges(rows)
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(look, start))
+    begin = _At(start, jnp.int32(0), jnp.asarray(True), jnp.asarray(False), nothing)
+    end = lax.while_loop(lambda at: at.goes, walk, begin)
+    found = end.seen
     # An edge that is level and not of length 0 leads to other optima.
-    chance = kept & (e == 0) & ~jnp.zeros(n + k, bool).at[rows].set(True)
-    blocked = jnp.any(chance[:, None] & (jnp.abs(a @ inverse) > eps), axis=0)
-    level_edges = (jnp.abs(slopes) <= noise) & ~blocked
-    unique = ~jnp.any(level_edges)
-    return Basis(jnp.where(rows < n, rows, n), b, rest, ~jnp.any(chance), unique, taken)
+    blocked = jnp.any(found.chance[:, None] & (jnp.abs(a @ found.inverse) > eps), axis=0)
+    unique = ~jnp.any((jnp.abs(found.slopes) <= found.noise) & ~blocked)
+    rows = jnp.where(found.rows < n, found.rows, n)
+    return Basis(rows, found.b, end.optimal, ~jnp.any(found.chance), unique, end.taken)
 
 
 def _lowest(e: Array, move: Array, kept: Array, slope: Array) -> Array:

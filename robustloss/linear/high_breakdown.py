@@ -66,11 +66,14 @@ def s_estimate(of: Problem, loss: Loss, share: Array, floor: Array, key: Array) 
     size = max(_ROWS, 20 * k)
     groups = _GROUPS if n > _GROUPS * size else 1
     taken = min(n, _GROUPS * size)
-    luck = jnp.where(of.each() > 0, jax.random.uniform(order, (n,)), jnp.inf)
-    chosen = jnp.isfinite(luck) & (luck <= smallest(luck, taken) if taken < n else True)
+    chosen = of.each() > 0
+    if taken < n:
+        luck = jnp.where(chosen, jax.random.uniform(order, (n,)), jnp.inf)
+        chosen &= luck <= smallest(luck, taken)
     # Those that count come first.
     sample = part(of, first(chosen, taken))
-    uniform = jax.random.uniform(draw, (groups, _SUBSETS // groups, k), jnp.float32)
+    uniform = jax.random.uniform(draw, (_SUBSETS * k,), jnp.float32)  # in a row: less to compile
+    uniform = uniform.reshape(groups, _SUBSETS // groups, k)
     # In float32, which is enough to see which are best: with y in units of its own.
     unit = jnp.where(of.size > 0, of.size, 1)
     q, y, w, short = jax.tree.map(

@@ -10,6 +10,7 @@ import math
 
 import jax.numpy as jnp
 from jax import Array
+from jax.scipy.linalg import cho_factor, cho_solve
 from jax.scipy.special import ndtri
 from jax.typing import ArrayLike
 
@@ -41,7 +42,7 @@ def huber_h1(of: Problem, loss: At, found: Estimate) -> Array:
     kappa = 1 + of.rank * variance / (n * mean**2)
     left = n - of.rank
     square = square / jnp.where(left > 0, left, jnp.nan)
-    return _in_units(of, (kappa / mean) ** 2 * square * _inverse(normal))
+    return _in_units(of, (kappa / mean) ** 2 * square * _inverse(normal, definite=True))
 
 
 def after_s(
@@ -112,7 +113,8 @@ def powell(of: Problem, level: Array, residuals: Array) -> Array:
     deviation = jnp.sqrt(jnp.sum(each * (residuals - mean) ** 2) / (n - 1))
     quartiles = iqr(residuals, where=of.keep, weights=of.w) / 0.741301109252801
     spread = jnp.minimum(deviation, quartiles / 1.34)
-    width = (ndtri(level + h) - ndtri(level - h)) * spread
+    below, above = ndtri(level + h * jnp.asarray([-1, 1], h.dtype))
+    width = (above - below) * spread
     wide = jnp.where(width > 0, width, 1)
 
     def moments(q: Array, each: Array, r: Array) -> tuple[Array, Array]:
@@ -120,7 +122,7 @@ def powell(of: Problem, level: Array, residuals: Array) -> Array:
         return gram(q, each), gram(q, each * _normal_density(r / wide) / wide)
 
     normal, density = sums(of, moments, residuals)
-    inverse = _inverse(density)
+    inverse = _inverse(density, definite=True)
     covariance = level * (1 - level) * inverse @ normal @ inverse
     return _in_units(of, jnp.where(width > 0, covariance, 0))
 
@@ -137,12 +139,15 @@ def counts(of: Problem) -> tuple[Array, Array]:
     return n / total, n
 
 
-def _inverse(a: Array) -> Array:
+def _inverse(a: Array, *, definite: bool = False) -> Array:
     # A column of 0 stays one.
     kept = jnp.diagonal(a) != 0
     full = a + jnp.diag(jnp.where(kept, 0, 1).astype(a.dtype))
     unit = jnp.sqrt(jnp.abs(jnp.diagonal(full)))
-    inverse = jnp.linalg.inv(full / jnp.outer(unit, unit)) / jnp.outer(unit, unit)
+    full = full / jnp.outer(unit, unit)
+    eye = jnp.eye(len(a), dtype=a.dtype)
+    inverse = cho_solve(cho_factor(full, lower=True), eye) if definite else jnp.linalg.inv(full)
+    inverse = inverse / jnp.outer(unit, unit)
     return jnp.where(kept[:, None] & kept, inverse, 0)
 
 

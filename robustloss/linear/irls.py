@@ -89,17 +89,37 @@ def _equations(
 
 def _objectives(of: Problem, loss: Callable[..., Array], *residuals: Array) -> Array:
     def of_rows(_: Array, each: Array, *residuals: Array) -> Array:
-        return jnp.stack([jnp.sum(jnp.where(each > 0, each * loss(r), 0)) for r in residuals])
+        return jnp.sum(jnp.where(each > 0, each * loss(jnp.stack(residuals)), 0), axis=1)
 
     return sums(of, of_rows, *residuals)
 
 
-def _ahead(scale: Callable[[Array], Array], s: Array, r: Array, v: Array) -> Array:
-    """The change t of s where residuals `r - t v` have the scale s + t, by a secant."""
-    off = scale(r) - s
-    slope = (scale(r - off * v) - s - off) / jnp.where(off == 0, 1, off)
-    # Where s is hard to follow, as a median is from row to row, no more than five times as far.
-    return off / (1 - jnp.clip(slope, -2, 0.8))
+def _followed(
+    scale: Callable[[Array], Array],
+    s: Array,
+    r: Array,
+    v: Array,
+    follows: Callable[[Array], Array],
+) -> tuple[Array, Array]:
+    """The change t of s where residuals `r - t v` have the scale s + t, by a secant; their scale.
+
+    t is 0 where it should not be followed.
+    """
+
+    # One loop, of which the scale is a part once: it is most of what there is to compile.
+    def step(i: Array, at: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        t, off, _ = at
+        there = scale(jnp.where(t == 0, r, r - t * v))
+        off = jnp.where(i == 0, there - s, off)
+        slope = (there - s - off) / jnp.where(off == 0, 1, off)
+        # Where s is hard to follow, as a median is from row to row, at most five times as far.
+        ahead = off / (1 - jnp.clip(slope, -2, 0.8))
+        next_t = jnp.where(i == 0, off, jnp.where(follows(ahead), ahead, 0))
+        return jnp.where(i == 2, t, next_t), off, there
+
+    zero = jnp.zeros_like(s)
+    t, _, there = lax.fori_loop(0, 3, step, (zero, zero, s))
+    return t, there
 
 
 def _bend(loss: At, each: Array, r: Array, s: Array, last_r: Array, last_s: Array) -> Array:
@@ -149,25 +169,24 @@ def m_estimate(
     def step(at: State) -> State:
         normal, right = _equations(of, loss, at.r, at.s, at.newton, joint)
         moves = solve(normal, right)
-        move, t, follows = moves[:, 0], jnp.zeros_like(at.s), jnp.asarray(False)
+        move, t = moves[:, 0], jnp.zeros_like(at.s)
         if not joint:
             r = predictions(of, at.b - move) - of.y
+            s = spread(of, r, at.s)
         else:
             size, by_scale = jnp.max(jnp.abs(move)), moves[:, 1]
             r, v = both_predictions(of, at.b - move, by_scale)
             r = r - of.y
-            t = _ahead(lambda r: spread(of, r, at.s), at.s, r, v)
-            follows = at.newton & (size <= at.near * at.s)
-            follows &= jnp.abs(t) * jnp.max(jnp.abs(by_scale)) <= 16 * size
-            t = jnp.where(follows, t, 0)
-            move, r = (
-                jnp.where(follows, move + t * by_scale, move),
-                jnp.where(follows, r - t * v, r),
+            may = at.newton & (size <= at.near * at.s)
+            room = 16 * size / jnp.max(jnp.abs(by_scale))
+            t, s = _followed(
+                lambda r: spread(of, r, at.s), at.s, r, v, lambda t: may & (jnp.abs(t) <= room)
             )
+            move, r = move + t * by_scale, jnp.where(t == 0, r, r - t * v)
+        follows = t != 0
         b = at.b - move
         before, after = _objectives(of, loss(at.s), at.r, r)
         taken = ~at.newton | follows | (after <= before + 64 * eps * jnp.abs(before))
-        s = spread(of, r, at.s)
         moved = jnp.max(jnp.abs(move))
         still = jnp.maximum(moved, jnp.abs(s - at.s)) <= tolerance * s + noise
         if joint:  # The next step is 0 where the equations were as straight as this one took them.

@@ -195,10 +195,26 @@ def product(x: Array, y: Array) -> tuple[Array, Array]:
 
 def quotient(x: Array, y: Array) -> tuple[Array, Array]:
     """`x / y` for finite x and y > 0, and what rounding took from it."""
-    y, exponent = jnp.frexp(y)  # y in [1/2, 1), lest a product under- or overflows
-    x = jnp.ldexp(x, -exponent)
+    unit, _ = _unit(y)  # lest a product under- or overflows
+    x, y = x * unit, y * unit
     q = x / y
     return q, _minus_product(x, q, y) / y
+
+
+def frexp(x: Array) -> tuple[Array, Array]:
+    """`m, e` with x = m 2**e, as NumPy's: m in [1/2, 1), or smaller if x is subnormal."""
+    unit, exponent = _unit(x)
+    return 0.25 * (x * unit), jnp.where(x == 0, 0, exponent)
+
+
+def _unit(x: Array) -> tuple[Array, Array]:
+    """The power of 2 that takes a finite |x| > 0 to [2, 4), and the exponent of what is left."""
+    info = jnp.finfo(x.dtype)
+    integer = jnp.int32 if info.bits == 32 else jnp.int64
+    lowest, exponents = 1 << info.nmant, (2 * info.maxexp - 1) << info.nmant
+    bits = jnp.maximum(lax.bitcast_convert_type(x, integer) & exponents, lowest)
+    exponent = (bits >> info.nmant).astype(jnp.int32) - (info.maxexp - 2)
+    return lax.bitcast_convert_type(exponents - bits, x.dtype), exponent
 
 
 def _minus_product(z: Array, x: Array, y: Array) -> Array:
@@ -206,7 +222,7 @@ def _minus_product(z: Array, x: Array, y: Array) -> Array:
     info = jnp.finfo(x.dtype)
 
     def halves(x: Array) -> tuple[Array, Array]:
-        high = lax.reduce_precision(x, info.nexp, info.nmant // 2)
+        high = lax.reduce_precision(x, info.nexp, (info.nmant - 1) // 2)
         return high, x - high
 
     (x1, x0), (y1, y0) = halves(x), halves(y)

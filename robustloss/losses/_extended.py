@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from robustloss.losses._elementwise import product
+from robustloss.losses._elementwise import frexp, product
 from robustloss.losses._pieces import atanh_series, polynomial
 
 
@@ -30,8 +30,8 @@ class OnePlus(NamedTuple):
 
 def one_plus_square(r: Array, b: Array, lost: Array, delta: Array) -> OnePlus:
     """w = 1 + (r / delta)**2 / |b + lost|, for any finite delta and b, and r of any size."""
-    (m, e), (scale, e_scale) = jnp.frexp(finite(jnp.abs(r))), jnp.frexp(finite(delta))
-    lost, (b, e_b) = lost / b, jnp.frexp(jnp.abs(b))
+    (m, e), (scale, e_scale) = frexp(finite(jnp.abs(r))), frexp(finite(delta))
+    lost, (b, e_b) = lost / b, frexp(jnp.abs(b))
     # y = f 2**k, f in (1/4, 8), and what f lost.
     u, lost_u = _quotient(m, scale)
     square, lost_square = product(u, u)
@@ -39,10 +39,10 @@ def one_plus_square(r: Array, b: Array, lost: Array, delta: Array) -> OnePlus:
     lost_f = lost_f + (lost_square + 2 * u * lost_u) / b - f * lost
     k = jnp.where(f == 0, 0, 2 * (e - e_scale) - e_b)
     # w = 2**j (1 + n), n in [sqrt(1/2) - 1, sqrt(2) - 1].
-    f, e_f = jnp.frexp(f)
+    f, e_f = frexp(f)
     k, lost_f = k + e_f, ldexp(lost_f, -e_f)
     above = jnp.maximum(k, 0)
-    _, j = jnp.frexp((ldexp(f, k - above) + ldexp(jnp.ones_like(f), -above)) * math.sqrt(2))
+    _, j = frexp((ldexp(f, k - above) + ldexp(jnp.ones_like(f), -above)) * math.sqrt(2))
     j = above + j - 1
     info = jnp.finfo(f.dtype)
     scaled = ldexp(f, k - j)

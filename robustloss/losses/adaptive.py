@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from robustloss.losses._elementwise import (
     between,
     elementwise,
+    frexp,
     positive,
     whole,
     with_partials,
@@ -132,7 +133,7 @@ def _general(r: Array, alpha: Array, delta: Array) -> Array:
     beta, lost = two_minus_exactly(alpha)
     b, w = jnp.abs(beta + lost), one_plus_square(r, beta, lost, delta)
     growth, exponent = exp_ratio(*times(0.5 * clamped(alpha, HUGE), 0.0, w))
-    (m, e), (scale, e_scale) = jnp.frexp(tame(r)), jnp.frexp(finite(delta))
+    (m, e), (scale, e_scale) = frexp(tame(r)), frexp(finite(delta))
     # (r**2 / 2) (L / y) growth, y = u**2 / b, where L = y to the last digit; else delta**2 b L / 2.
     tiny = w.y < 0.5 * jnp.finfo(r.dtype).eps
     mantissa = 0.5 * jnp.where(tiny, m * m, scale * scale * (b * (w.log + w.lost))) * growth
@@ -151,7 +152,7 @@ def _slope(r: Array, alpha: Array, delta: Array) -> Array:
     beta, lost = two_minus_exactly(alpha)
     w = one_plus_square(r, beta, lost, delta)
     power, exponent = exponential(*times(-0.5 * beta, -0.5 * lost, w))
-    m, e = jnp.frexp(jnp.abs(tame(r)))
+    m, e = frexp(jnp.abs(tame(r)))
     limit = jnp.where(alpha == 1, delta, sign_infinity(alpha - 1))
     size = at_infinity(r, jnp.maximum(limit, 0), ldexp(m * power, exponent + e))
     return jnp.sign(r) * size
@@ -602,7 +603,7 @@ def _nodes(alpha: Array) -> tuple[Array, Array]:
     """The rule for alpha of shape (..., 1). Its steps are short numbers: no rounding there."""
     info = jnp.finfo(alpha.dtype)
     b = jnp.maximum(2 - alpha, float(info.eps))  # and the largest power of 2 up to its root:
-    root = ldexp(jnp.ones_like(b), (jnp.frexp(b)[1] - 1) >> 1)
+    root = ldexp(jnp.ones_like(b), (frexp(b)[1] - 1) >> 1)
     # At the last node the density is about eps**2: it no longer counts, nor is it 0.
     far, a = -2.2 * math.log(info.eps), jnp.maximum(alpha, float(info.tiny) ** 0.5)
     last = jnp.log1p(a * (far / b)) / a + jnp.log(2 * jnp.sqrt(b) / root)
