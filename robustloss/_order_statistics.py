@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
@@ -31,7 +30,7 @@ def quartiles(x: Array, w: Array | None) -> tuple[Array, Array]:
     if w is not None and is_weighted(w):
         return _weighted_quartiles(x, w)
     ranks = (count(x, w) - 1) * jnp.asarray([1, 3], jnp.int32)
-    i, j = jax.vmap(lambda rank: ranked(x, w, rank + 1, rank + 2))(ranks >> 2)
+    i, j = lax.map(lambda rank: ranked(x, w, rank + 1, rank + 2), ranks >> 2)
     part = (ranks & 3).astype(x.dtype) / 4
     found = jnp.where(part == 0, x[i], (1 - part) * x[i] + part * x[j])
     return found[0], found[1]

@@ -96,8 +96,8 @@ def in_rounds(
         ours = of.y - ours
         theirs = (of.y - theirs) + jnp.where(at.apart, apart(jnp.arange(n)), 0)
         # A row that is met may count as on either side.
-        side = jnp.where(at.residuals >= 0, 1, -1)
-        astray = jnp.any(out & (side * theirs < -noise(of.y)))
+        over = jnp.where(at.residuals >= 0, theirs, -theirs) < -noise(of.y)
+        astray = jnp.any(out & over)
         unlike = (each > 0) & (ours * jnp.sign(theirs) < -noise(of.y))
         unlike = jnp.any(unlike.at[basis].set(False, mode="drop"))
         settled = ~at.sampling & ~astray

@@ -95,30 +95,28 @@ def _objectives(of: Problem, loss: Callable[..., Array], *residuals: Array) -> A
 
 
 def _followed(
-    scale: Callable[[Array], Array],
-    s: Array,
-    r: Array,
-    v: Array,
-    follows: Callable[[Array], Array],
+    scale: Callable[[Array], Array], s: Array, r: Array, v: Array, may: Array, room: Array
 ) -> tuple[Array, Array]:
     """The change t of s where residuals `r - t v` have the scale s + t, by a secant; their scale.
 
-    t is 0 where it should not be followed.
+    t is 0 unless it `may` be followed and is at most `room`.
     """
 
     # One loop, of which the scale is a part once: it is most of what there is to compile.
-    def step(i: Array, at: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        t, off, _ = at
+    def step(at: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        i, t, off, _ = at
         there = scale(jnp.where(t == 0, r, r - t * v))
         off = jnp.where(i == 0, there - s, off)
         slope = (there - s - off) / jnp.where(off == 0, 1, off)
         # Where s is hard to follow, as a median is from row to row, at most five times as far.
         ahead = off / (1 - jnp.clip(slope, -2, 0.8))
-        next_t = jnp.where(i == 0, off, jnp.where(follows(ahead), ahead, 0))
-        return jnp.where(i == 2, t, next_t), off, there
+        aim = jnp.where(i == 0, off, jnp.where(jnp.abs(ahead) <= room, ahead, 0))
+        return i + 1, jnp.where(may & (i < 2), aim, t), off, there
 
     zero = jnp.zeros_like(s)
-    t, _, there = lax.fori_loop(0, 3, step, (zero, zero, s))
+    _, t, _, there = lax.while_loop(
+        lambda at: (at[0] == 0) | (may & (at[0] < 3)), step, (jnp.int32(0), zero, zero, s)
+    )
     return t, there
 
 
@@ -179,9 +177,7 @@ def m_estimate(
             r = r - of.y
             may = at.newton & (size <= at.near * at.s)
             room = 16 * size / jnp.max(jnp.abs(by_scale))
-            t, s = _followed(
-                lambda r: spread(of, r, at.s), at.s, r, v, lambda t: may & (jnp.abs(t) <= room)
-            )
+            t, s = _followed(lambda r: spread(of, r, at.s), at.s, r, v, may, room)
             move, r = move + t * by_scale, jnp.where(t == 0, r, r - t * v)
         follows = t != 0
         b = at.b - move
