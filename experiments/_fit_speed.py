@@ -24,7 +24,7 @@ import numpy as np
 import robustloss as rl
 
 COLUMNS = 10
-LONG = 3.0  # seconds
+SHORT, LONG = 0.5, 3.0  # seconds
 
 
 class Case(NamedTuple):
@@ -90,7 +90,7 @@ def cases(rows: int) -> list[Case]:
 
 
 def timed(case: Case, repeats: int) -> Timing:
-    """Ours and the peers' in turn."""
+    """Ours and the peers' in turn; of a short one, several calls, lest the first tell the tale."""
     X, y = data(case.rows) if case.rows else data(100_000, 5)
     with jax.enable_x64(True):
         device = jnp.asarray(X), jnp.asarray(y)
@@ -101,9 +101,11 @@ def timed(case: Case, repeats: int) -> Timing:
         ours: list[float] = []
         peers: dict[str, list[float]] = {name: [] for name in case.peers}
         for _ in range(repeats):
-            begin = time.perf_counter()
-            found = jax.block_until_ready(fit(*device))
-            ours.append(time.perf_counter() - begin)
+            turn = time.perf_counter()
+            while not ours or time.perf_counter() - turn < SHORT:
+                begin = time.perf_counter()
+                found = jax.block_until_ready(fit(*device))
+                ours.append(time.perf_counter() - begin)
             for name, peer in case.peers.items():
                 if not peers[name] or np.median(peers[name]) < LONG:
                     peers[name].append(peer(X, y))

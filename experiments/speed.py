@@ -67,7 +67,7 @@ class Config:
     rows: int = 1_000_000
     """Of the fits that have many; 0 leaves the fits out."""
     fit_repeats: int = 5
-    """Interleaved runs of the fits; a peer that takes more than 3 s is run once."""
+    """Turns of the fits; a short one of ours fills half a second, a peer of over 3 s has one."""
     seed: int = 0
     """Of the random numbers."""
     out: Path | None = None
