@@ -433,6 +433,15 @@ def test_a_psi_that_grows_like_exp(delta):
 
 def test_efficiency_where_there_is_none():
     assert np.isnan(efficiency(partial(exponential, delta=1.43)))  # not 0, but far in the tail
+
+
+@pytest.mark.parametrize("side", [-1, 1])
+def test_a_psi_that_grows_on_one_side(side):
+    def lopsided(delta):
+        return lambda r: jnp.where(side * r > 0, exponential(r, delta=delta), 0.5 * r * r)
+
+    assert efficiency(lopsided(1.0)) == 0
+    assert np.isnan(efficiency(lopsided(1.43)))  # far in the tail
     assert efficiency(lambda r: -(r**2)) == 0  # a maximum
     assert np.isnan(efficiency(lambda r: 0 * r))
     assert np.isnan(efficiency(lambda r: r * NAN))
