@@ -329,6 +329,15 @@ def test_what_fits_exactly(x64, method):
 
 
 @pytest.mark.thorough
+def test_a_nan_shows_in_a_single_fit(x64):
+    X, y = sample()
+    for bad in BROKEN.values():
+        for loss in KINDS.values():
+            found = rl.fit_linear(X, np.where(np.arange(60) == 7, bad, y), loss)
+            assert not found.converged
+
+
+@pytest.mark.thorough
 def test_mm_survives_outliers(x64):
     """Just under (n - p) / 2n in y; in X, all at one place, where subsets without one are rare."""
     X, y = sample(200)

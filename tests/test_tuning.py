@@ -431,10 +431,6 @@ def test_a_psi_that_grows_like_exp(delta):
     assert breakdown(loss) == 0
 
 
-def test_efficiency_where_there_is_none():
-    assert np.isnan(efficiency(partial(exponential, delta=1.43)))  # not 0, but far in the tail
-
-
 @pytest.mark.parametrize("side", [-1, 1])
 def test_a_psi_that_grows_on_one_side(side):
     def lopsided(delta):
@@ -442,6 +438,10 @@ def test_a_psi_that_grows_on_one_side(side):
 
     assert efficiency(lopsided(1.0)) == 0
     assert np.isnan(efficiency(lopsided(1.43)))  # far in the tail
+
+
+def test_efficiency_where_there_is_none():
+    assert np.isnan(efficiency(partial(exponential, delta=1.43)))  # not 0, but far in the tail
     assert efficiency(lambda r: -(r**2)) == 0  # a maximum
     assert np.isnan(efficiency(lambda r: 0 * r))
     assert np.isnan(efficiency(lambda r: r * NAN))
