@@ -67,7 +67,7 @@ class Config:
     rows: int = 1_000_000
     """Of the fits that have many; 0 leaves the fits out."""
     fit_repeats: int = 5
-    """Turns of the fits; a short one of ours fills half a second, a peer of over 3 s has one."""
+    """Turns of the fits; a short one fills half a second, a peer of more than 3 s has one turn."""
     seed: int = 0
     """Of the random numbers."""
     out: Path | None = None

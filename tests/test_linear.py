@@ -448,6 +448,15 @@ def test_many_rows_that_are_met_together(x64):
     np.testing.assert_allclose(found.intercept + found.coefficients, medians[1:], atol=1e-12)
 
 
+@pytest.mark.parametrize("n", [60, 66_003])
+def test_float32_stays_float32_where_float64_is_on(x64, n):
+    X, y = (jax.ShapeDtypeStruct(a.shape, np.float32) for a in sample(n))
+    for loss in KINDS.values():
+        found = jax.eval_shape(partial(rl.fit_linear, loss=loss), X, y)
+        floating = {a.dtype for a in found if jnp.issubdtype(a.dtype, np.floating)}
+        assert floating == {np.dtype(np.float32)}
+
+
 def test_a_scale_is_in_the_program_twice():
     """Before the steps and in one: it is most of what there is to compile."""
     seen = []

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.scipy.linalg import cho_factor, cho_solve
-from jax.scipy.special import ndtri
 
 from robustloss._order_statistics import median
+from robustloss.scale import _MAD
 
 _SAMPLE = 1024  # rows, enough to center and to scale a column by
 _BLOCK = 16384  # rows, few enough for a cache
@@ -129,7 +129,7 @@ def _middles_and_spreads(x: Array, keep: Array | None, intercept: bool) -> tuple
         return jnp.abs(x - found[:, None]), found
 
     _, (middles, deviations) = lax.scan(middle, x.T, jnp.asarray([intercept, True]))
-    return middles, deviations / ndtri(0.75)
+    return middles, _MAD * deviations
 
 
 def _largest(X: Array, center: Array, keep: Array | None, spread: Array) -> Array:
