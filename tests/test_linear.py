@@ -613,6 +613,7 @@ def test_summary(x64):
     calls = load("phones")
     phones = rl.fit_linear(calls.X, calls.y, rl.absolute_error)
     assert "not unique" in phones.summary()
+    assert "in 1 step\n" in phones._replace(steps=jnp.int32(1)).summary()
     with pytest.raises(ValueError, match="names must be 1, one for each column, got 3"):
         phones.summary(data.features)
 

@@ -97,7 +97,8 @@ class LinearFit(NamedTuple):
         flagged = np.flatnonzero(np.asarray(self.flagged())) + 1
         kept = int(np.sum(~np.isnan(np.asarray(self.residuals))))
         end = "converged" if bool(self.converged) else "NOT CONVERGED"
-        notes = [f"{kept} rows, scale {float(self.scale):.5g}, {end} in {int(self.steps)} steps"]
+        steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
+        notes = [f"{kept} rows, scale {float(self.scale):.5g}, {end} in {steps}"]
         if not bool(self.unique):
             notes.append("not unique: other coefficients serve as well")
         if flagged.size:
