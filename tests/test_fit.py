@@ -156,6 +156,22 @@ def test_optimizers_agree(optimizer):
     np.testing.assert_allclose(found.value, rl.mean(rl.huber, X @ found.params, y), rtol=1e-5)
 
 
+def test_what_a_line_search_found_is_not_computed_again():
+    X, y = line()
+    calls = {"theirs": 0, "anew": 0}
+
+    def counted(name, params, X):
+        jax.debug.callback(lambda: calls.update({name: calls[name] + 1}))
+        return X @ params
+
+    optimizers = {"theirs": LBFGS, "anew": optax.chain(LBFGS, optax.identity())}
+    for name, optimizer in optimizers.items():
+        model = partial(counted, name)
+        found = rl.fit(rl.huber, model, jnp.zeros(2), X, y, optimizer=optimizer, steps=5)
+        jax.effects_barrier()
+    assert calls["anew"] - calls["theirs"] == found.steps
+
+
 def test_a_perfect_start_stays_and_a_perfect_fit_converges():
     X, _ = line()
     truth = jnp.array([1.0, 2.0])
@@ -373,7 +389,8 @@ def test_mini_batches(batch_size):
         )  # fmt: skip
 
     one, same, other = fit(0), fit(0), fit(1)
-    best = rl.fit(rl.huber, plane, jnp.zeros(2), X, y, optimizer=LBFGS, steps=200)
+    every = partial(rl.fit, key=KEY)  # which is for batches alone
+    best = every(rl.huber, plane, jnp.zeros(2), X, y, optimizer=LBFGS, steps=200)
     chex.assert_trees_all_equal(one, same)
     if batch_size < len(y):
         assert not np.array_equal(one.history, other.history)
