@@ -18,12 +18,21 @@ _SAMPLE = 512
 
 
 def median(x: Array, w: Array | None) -> Array:
-    n = count(x, w)
-    low, high = (n + 1) // 2, n // 2 + 1
-    if is_weighted(w):
-        low, high = 0.5 * n * (1 - rounding(x)), 0.5 * n * (1 + rounding(x))
-    i, j = ranked(x, w, low, high)
+    i, j = ranked(x, w, *_middle(x, w))
     return 0.5 * x[i] + 0.5 * x[j]
+
+
+def bare_median(x: Array, w: Array | None, ends: Array | None = None) -> Array:
+    """The same, not for differentiation; sooner if it is between two ends that are known."""
+    low, high = _selected(x, w, *_middle(x, w), ends)
+    return 0.5 * low + 0.5 * high
+
+
+def _middle(x: Array, w: Array | None) -> tuple[Array, Array]:
+    n = count(x, w)
+    if is_weighted(w):
+        return 0.5 * n * (1 - rounding(x)), 0.5 * n * (1 + rounding(x))
+    return (n + 1) // 2, n // 2 + 1
 
 
 def quartiles(x: Array, w: Array | None) -> tuple[Array, Array]:
@@ -57,19 +66,29 @@ def smallest(x: Array, rank: ArrayLike) -> Array:
 
 
 def ranked(x: Array, w: Array | None, low: Any, high: Any) -> tuple[Array, Array]:
-    """Where the first entries are that have these weights at or below them, `high` next to `low`.
-
-    A bracket (first, last] of the answer is narrowed, to what a sample says at first, then by
-    interpolating between the weights up to its ends and aiming a little off, so as to close in
-    from the farther one; every third time by halving it as integers of the same order, which no
-    data can slow down. Once few entries are left in it, they are met in turn.
-    """
+    """Where the entries are that have these weights at or below them; the first of equal ones."""
     x = lax.stop_gradient(x)
+    there, following = _selected(x, w, low, high)
+    kept = True if w is None else w > 0
+    return jnp.argmax((x == there) & kept), jnp.argmax((x == following) & kept)
+
+
+def _selected(
+    x: Array, w: Array | None, low: Any, high: Any, ends: Array | None = None
+) -> tuple[Array, Array]:
+    """The least entries that have these weights at or below them, `high` next to `low`.
+
+    A bracket (first, last] of the answer is narrowed, to the `ends` or what a sample says at
+    first, then by interpolating between the weights up to its ends and aiming a little off, so as
+    to close in from the farther one; every third time by halving it as integers of the same order,
+    which no data can slow down. Once few entries are left in it, they are met in turn.
+    """
     kept = True if w is None else w > 0
     sign = jnp.iinfo(as_integers(x).dtype).max
     everything = count(x, w)
     one = everything / x.size if is_weighted(w) else 1
-    sampled = _sampled(x, w, low / everything) if x.size >= _MANY else None
+    if ends is None and x.size >= _MANY:
+        ends = _sampled(x, w, low / everything)
 
     def key(value: Array) -> Array:
         bits = as_integers(value)
@@ -84,8 +103,8 @@ def ranked(x: Array, w: Array | None, low: Any, high: Any) -> tuple[Array, Array
         part = ((low - below) / one).astype(x.dtype)
         part += jnp.where(part > 0.5 * entries, -1, 1) * jnp.sqrt(entries)
         guess = first + (last - first) * (part / entries)
-        if sampled is not None:
-            guess = jnp.where(steps < 2, sampled[jnp.minimum(steps, 1)], guess)
+        if ends is not None:
+            guess = jnp.where(steps < 2, ends[jnp.minimum(steps, 1)], guess)
         a, b = key(first), key(last)
         middle = number((a & b) + ((a ^ b) >> 1))  # their mean, which cannot overflow
         halve = (steps % 3 == 2) | ~((guess > first) & (guess < last))
@@ -119,7 +138,7 @@ def ranked(x: Array, w: Array | None, low: Any, high: Any) -> tuple[Array, Array
     there, *_ = lax.while_loop(lambda state: state[-1], meet, start)
     above = jnp.min(jnp.where((x > there) & kept, x, jnp.inf))
     following = jnp.where(weight_of(w, x <= there) >= high, there, above)
-    return jnp.argmax((x == there) & kept), jnp.argmax((x == following) & kept)
+    return there, following
 
 
 def _sampled(x: Array, w: Array | None, share: Array) -> Array:

@@ -23,6 +23,7 @@ from jax.typing import ArrayLike
 from robustloss._axes import Axis, over_axis
 from robustloss._order_statistics import (
     as_integers,
+    bare_median,
     in_order,
     median,
     quartiles,
@@ -110,6 +111,14 @@ def mad(
 @partial(jax.jit, static_argnums=0)
 def _mad(centers: bool, x: Array, w: Array | None) -> Array:
     return _MAD * _deviation(_centered(x, w) if centers else x, w)
+
+
+def mad_near(r: Array, w: Array | None, s: Array, far: Array) -> Array:
+    """The MAD about 0 of one row, sooner if it is within `far` of s; not for differentiation."""
+    far = jnp.maximum(far, jnp.finfo(r.dtype).eps ** 0.5 * s)  # or rounding might exclude it
+    nan = jnp.any(jnp.isnan(r))
+    found = bare_median(jnp.where(nan, 0, jnp.abs(r)), w, jnp.stack([s - far, s + far]) / _MAD)
+    return jnp.where(nan, jnp.nan, _MAD * found)
 
 
 def iqr(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable
 from functools import cache, partial
+from itertools import product
 
 import chex
 import jax
@@ -279,6 +280,26 @@ def test_selection_among_many():
         deviations = np.abs(rows - np.median(rows, 1, keepdims=True))
         want = np.float32(scale._MAD) * np.median(deviations, 1)
         np.testing.assert_array_equal(mad(rows, axis=1), want)
+
+
+@pytest.mark.parametrize("n", [7, 8, 300])
+def test_the_mad_is_found_wherever_it_is_thought_to_be(x64, n):
+    random = np.random.default_rng(n)
+    rows = np.r_[samples(20, n, n), random.choice([0.0, 1.0, -3.0, INF], (20, n))]
+    keep = random.random(rows.shape) < 0.9
+    weights = np.where(keep, random.integers(1, 4, rows.shape), 0.0)
+    near = np.array([0, 1e-300, 0.3, 0.7, 1 - 1e-12, 1, 1 + 1e-12, 1.5, 1e9, INF, NAN])
+    far = np.array([0, 1e-12, 1e-2, 0.5, 1, INF, NAN])
+    for w in (None, keep.astype(np.int32), weights):
+        each = np.ones(rows.shape, int) if w is None else w.astype(int)
+        ordered = [np.sort(np.repeat(abs(x), k)) for x, k in zip(rows, each, strict=True)]
+        middles = [0.5 * x[(len(x) - 1) // 2] + 0.5 * x[len(x) // 2] for x in ordered]
+        want = scale._MAD * np.array(middles)
+        of_rows = jax.jit(jax.vmap(scale.mad_near, (0, None if w is None else 0, 0, 0)))
+        for a, b in product(near, far):
+            with np.errstate(invalid="ignore"):
+                got = of_rows(np.where(each > 0, rows, 0), w, a * want, b * want)
+            np.testing.assert_array_equal(got, want)
 
 
 def test_iqr_is_that_of_numpy(x64):

@@ -167,17 +167,15 @@ def _fit_linear(
         floor = 16 * jnp.finfo(y.dtype).eps * of.size
         floor = jnp.where(floor > 0, floor, jnp.finfo(y.dtype).tiny ** 0.5)
 
-        def spread(of: Problem, r: Array, _: Array) -> Array:
+        def spread(of: Problem, r: Array, s: Array, far: Array) -> Array:
             if of_residuals is None:
                 return given
-            return jnp.maximum(scale_of(of_residuals, r, of), floor)
+            return jnp.maximum(scale_of(of_residuals, r, of, s, far), floor)
 
         if method == "interior_point":
             vertex = quantile_fit(of, level)
-            found = Estimate(
-                vertex.b, spread(of, vertex.residuals, floor), vertex.residuals, vertex.converged,
-                vertex.steps,
-            )  # fmt: skip
+            s = spread(of, vertex.residuals, of.size, of.size)
+            found = Estimate(vertex.b, s, vertex.residuals, vertex.converged, vertex.steps)
             covariance = inference.powell(of, level, vertex.residuals)
             return _result(of, at, found, floor, covariance, vertex.unique)
         if chi is not None:
@@ -198,7 +196,8 @@ def _m(
     """The M-estimate, from least squares unless told."""
     some = thinned(of) if anywhere else None
     if some is not None:
-        start = m_estimate(some, at, spread, least_squares(some), joint=joint).b
+        near = m_estimate(some, at, spread, least_squares(some), joint=joint)
+        return m_estimate(of, at, spread, near.b, near.scale, joint=joint)
     return m_estimate(of, at, spread, least_squares(of) if start is None else start, joint=joint)
 
 
@@ -208,7 +207,7 @@ def _mm(of: Problem, at: At, chi: Partial, floor: Array, key: Array) -> tuple[Es
     share = jnp.maximum(0.5 * (1 - of.rank / n), 0.5 / n)
     initial = s_estimate(of, chi, share, floor, key)
     s = initial.scale
-    found = m_estimate(of, at, lambda of, r, s: s, initial.b, s)
+    found = m_estimate(of, at, lambda of, r, s, far: s, initial.b, s)
     # A scale of 0 leaves nothing to improve.
     exact = s <= floor
     found = jax.tree.map(lambda x, y: jnp.where(exact, y, x), found, initial)

@@ -136,7 +136,13 @@ def residual_scale(
     return with_leaves(scale), 1.0
 
 
-def scale_of(scale: Partial, r: Array, of: Problem) -> Array:
-    """Of residuals about 0, with what else of the problem the function takes."""
+def scale_of(scale: Partial, r: Array, of: Problem, s: Array, far: Array) -> Array:
+    """Of residuals about 0, with what else of the problem the function takes.
+
+    Most likely within `far` of s, which makes the MAD's selection short.
+    """
+    if scale.func is scales.mad and not scale.keywords:
+        keep = None if of.keep is None else of.keep.astype(jnp.int32)
+        return scales.mad_near(r, keep if of.w is None else of.each(), s, far)
     known = {"center": 0.0, "where": of.keep, "weights": of.w, "ddof": of.rank}
     return scale(r, **{name: x for name, x in known.items() if takes(scale.func, name)})

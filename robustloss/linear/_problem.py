@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.scipy.linalg import cho_factor, cho_solve
 
-from robustloss._order_statistics import median
+from robustloss._order_statistics import bare_median
 from robustloss.scale import _MAD
 
 _SAMPLE = 1024  # rows, enough to center and to scale a column by
@@ -121,10 +121,10 @@ def _told(raw: Problem, free: Array) -> Array:
 def _middles_and_spreads(x: Array, keep: Array | None, intercept: bool) -> tuple[Array, Array]:
     """The median of each column, or 0 without an intercept, and the MAD about it."""
     w = None if keep is None else keep.astype(jnp.int32)
-    x = x if keep is None else jnp.where(keep[:, None], x, 0)
+    x = lax.stop_gradient(x if keep is None else jnp.where(keep[:, None], x, 0))
 
     def middle(x: Array, wanted: Array) -> tuple[Array, Array]:
-        found = jax.vmap(lambda column: median(column, w))(x)
+        found = jax.vmap(lambda column: bare_median(column, w))(x)
         found = jnp.where(wanted, jnp.nan_to_num(found), 0)
         return jnp.abs(x - found[:, None]), found
 

@@ -40,7 +40,7 @@ def s_estimate(of: Problem, loss: Loss, share: Array, floor: Array, key: Array) 
     n, k = len(of.y), len(of.constants)
     target = share * loss(jnp.full((), jnp.inf, of.y.dtype))
 
-    def closer(of: Problem, r: Array, s: Array) -> Array:
+    def closer(of: Problem, r: Array, s: Array, _: Array) -> Array:
         """Newton's step towards the M-scale, in its logarithm."""
 
         def of_rows(_: Array, w: Array, r: Array) -> Array:

@@ -10,6 +10,7 @@ sets of a thousand; so near the end they follow it along the line on which it le
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -30,8 +31,8 @@ from robustloss.views import curvature, influence, weight
 
 At = Callable[[Array], Callable[..., Array]]
 """The loss at a scale."""
-Spread = Callable[[Problem, Array, Array], Array]
-"""The scale of residuals, or what comes closer to it than the last one."""
+Spread = Callable[[Problem, Array, Array, Array], Array]
+"""The scale of residuals, or what comes closer to it, by the last one and how far that may be."""
 
 MANY = 2**16  # rows, for which a part of them shows where to start
 _PART = 2**13
@@ -49,14 +50,13 @@ class Estimate(NamedTuple):
 
 
 def least_squares(of: Problem) -> Array:
-    """With one step of refinement."""
+    """To start from: its rounding is not refined."""
 
-    def right(q: Array, each: Array, y: Array) -> Array:
-        return q.T @ (each * y)
+    def terms(q: Array, each: Array, y: Array) -> Array:
+        return q.T @ jnp.column_stack([q * each[:, None], each * y])
 
-    normal, of_y = sums(of, lambda q, each, y: (gram(q, each), right(q, each, y)), of.y)
-    b = solve(normal, of_y)
-    return b + solve(normal, sums(of, right, of.y - predictions(of, b)))
+    found = sums(of, terms, of.y)
+    return solve(found[:, :-1], found[:, -1])
 
 
 def thinned(of: Problem) -> Problem | None:
@@ -95,28 +95,28 @@ def _objectives(of: Problem, loss: Callable[..., Array], *residuals: Array) -> A
 
 
 def _followed(
-    scale: Callable[[Array], Array], s: Array, r: Array, v: Array, may: Array, room: Array
+    scale: Callable[..., Array], s: Array, r: Array, v: Array, size: Array, may: Array, room: Array
 ) -> tuple[Array, Array]:
     """The change t of s where residuals `r - t v` have the scale s + t, by a secant; their scale.
 
-    t is 0 unless it `may` be followed and is at most `room`.
+    t is 0 unless it `may` be followed and is at most `room`. `size` is what r has moved by.
     """
 
     # One loop, of which the scale is a part once: it is most of what there is to compile.
-    def step(at: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-        i, t, off, _ = at
-        there = scale(jnp.where(t == 0, r, r - t * v))
+    def step(at: tuple[Array, ...]) -> tuple[Array, ...]:
+        i, t, off, _, far = at
+        there = scale(jnp.where(t == 0, r, r - t * v), s + t, far)
         off = jnp.where(i == 0, there - s, off)
         slope = (there - s - off) / jnp.where(off == 0, 1, off)
         # Where s is hard to follow, as a median is from row to row, at most five times as far.
         ahead = off / (1 - jnp.clip(slope, -2, 0.8))
         aim = jnp.where(i == 0, off, jnp.where(jnp.abs(ahead) <= room, ahead, 0))
-        return i + 1, jnp.where(may & (i < 2), aim, t), off, there
+        aim = jnp.where(may & (i < 2), aim, t)
+        return i + 1, aim, off, there, jnp.abs(aim - t)
 
     zero = jnp.zeros_like(s)
-    _, t, _, there = lax.while_loop(
-        lambda at: (at[0] == 0) | (may & (at[0] < 3)), step, (jnp.int32(0), zero, zero, s)
-    )
+    begin: tuple[Array, ...] = jnp.int32(0), zero, zero, s, size
+    _, t, _, there, _ = lax.while_loop(lambda at: (at[0] == 0) | (may & (at[0] < 3)), step, begin)
     return t, there
 
 
@@ -168,16 +168,17 @@ def m_estimate(
         normal, right = _equations(of, loss, at.r, at.s, at.newton, joint)
         moves = solve(normal, right)
         move, t = moves[:, 0], jnp.zeros_like(at.s)
+        size = jnp.max(jnp.abs(move))
         if not joint:
             r = predictions(of, at.b - move) - of.y
-            s = spread(of, r, at.s)
+            s = spread(of, r, at.s, size)
         else:
-            size, by_scale = jnp.max(jnp.abs(move)), moves[:, 1]
+            by_scale = moves[:, 1]
             r, v = both_predictions(of, at.b - move, by_scale)
             r = r - of.y
             may = at.newton & (size <= at.near * at.s)
             room = 16 * size / jnp.max(jnp.abs(by_scale))
-            t, s = _followed(lambda r: spread(of, r, at.s), at.s, r, v, may, room)
+            t, s = _followed(partial(spread, of), at.s, r, v, size, may, room)
             move, r = move + t * by_scale, jnp.where(t == 0, r, r - t * v)
         follows = t != 0
         b = at.b - move
@@ -203,7 +204,8 @@ def m_estimate(
         return ~at.rest & (at.steps < steps) & jnp.all(jnp.isfinite(at.b))
 
     r = predictions(of, start) - of.y
-    s = spread(of, r, of.size if s is None else s)
+    guess = of.size if s is None else s
+    s = spread(of, r, guess, guess)
     convex = jnp.all((curvature(loss(s), r) >= 0) | (each == 0))
     limit = jnp.where(convex, jnp.inf, jnp.asarray(0.1, s.dtype))
     no, inf, near = jnp.asarray(False), jnp.full_like(s, jnp.inf), jnp.full_like(s, 0.3)
