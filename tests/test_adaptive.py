@@ -7,6 +7,7 @@ import itertools
 import math
 import re
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import chex
@@ -14,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 from mpmath import mp, mpf
 from scipy import stats
 
 import robustloss as rl
-from robustloss.losses import adaptive
+from robustloss.losses import _powers, adaptive
 from robustloss.losses.adaptive import (
     gaussian_nll,
     general,
@@ -114,6 +116,40 @@ def sample(dtype: type, delta: float, many: int) -> np.ndarray:
     with np.errstate(over="ignore"):
         r = r.astype(dtype)
     return r[(r >= np.finfo(dtype).tiny) & np.isfinite(r)] * dtype(-1)
+
+
+def test_two_minus_alpha_is_exact_in_two_numbers():
+    random = np.random.default_rng(0)
+    sizes = 10 ** random.uniform(-7, 12, 1000) * random.choice([-1, 1], 1000)
+    alphas = np.r_[sizes, random.uniform(-200, 200, 500), 2.000001].astype(np.float32)
+    beta, lost = map(np.asarray, _powers.two_minus_exactly(jnp.asarray(alphas)))
+    for a, b, c in zip(alphas, beta, lost, strict=True):
+        assert Fraction(float(b)) + Fraction(float(c)) == 2 - Fraction(float(a))
+
+
+@pytest.mark.parametrize("alpha", [-100.3, -17.7, -3.3, -1e-3, 1e-3, 0.7, 1.9, 2.3, 3.3, 17.7])
+def test_the_power_is_right_to_an_ulp(alpha):
+    """Where 2 - alpha and the logarithm are off by a rounding, it would be to dozens."""
+    r = np.logspace(-3, 3, 61).astype(np.float32)
+    alpha = np.float32(alpha)
+    got = _powers.power_of(jnp.asarray(r), jnp.full(r.shape, alpha), jnp.ones_like(r))
+    want = [power(mpf(float(x)), mpf(float(alpha)), mpf(1))[0] for x in r]
+    normal = [1e-30 < x < 1e30 for x in want]
+    off = [abs(mpf(float(x)) / y - 1) for x, y, n in zip(got, want, normal, strict=True) if n]
+    assert len(off) > 15
+    assert max(off) < 2**-23
+
+
+@pytest.mark.parametrize("kernel", ["log_w", "fraction", "inverse", "pull", "power_of"])
+def test_the_rules_of_the_powers_are_their_derivatives(kernel):
+    random = np.random.default_rng(1)
+    r = random.choice([-1, 1], 40) * 10 ** random.uniform(-1, 1, 40)
+    b = random.uniform(0.5, 3, 40)
+    shape = 2 - b * random.choice([-1, 1], 40) if kernel == "power_of" else b
+    with jax.enable_x64(True):
+        args = tuple(map(jnp.asarray, (r, shape, random.uniform(0.5, 2, 40))))
+        f = jax.vmap(getattr(_powers, kernel))
+        check_grads(f, args, order=2, modes=("fwd",), atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("delta", [1.0, 1.345, 1e-30, 1e30])
