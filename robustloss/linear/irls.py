@@ -208,7 +208,7 @@ def m_estimate(
     s = spread(of, r, guess, guess)
     convex = jnp.all((curvature(loss(s), r) >= 0) | (each == 0))
     limit = jnp.where(convex, jnp.inf, jnp.asarray(0.1, s.dtype))
-    no, inf, near = jnp.asarray(False), jnp.full_like(s, jnp.inf), jnp.full_like(s, 0.3)
+    no, inf, near = jnp.asarray(False), jnp.full_like(s, jnp.inf), jnp.ones_like(s)
     begin = State(start, r, s, jnp.int32(0), inf, convex, limit, near, no, no)
     end = lax.while_loop(goes_on, step, begin)
     finite = jnp.all(jnp.isfinite(end.b)) & jnp.isfinite(end.s)
