@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 Progress = Callable[[float, str], None]
 """Told the share that is done, and what is done next."""
 
@@ -12,7 +14,7 @@ Keep = Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]]
 
 def compute(name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The `Keep` that has nothing already."""
-    return compute()
+    return {key: np.asarray(value) for key, value in compute().items()}
 
 
 class UsageError(ValueError):
