@@ -31,12 +31,12 @@ def huber_h1(of: Problem, loss: At, found: Estimate) -> Array:
     here = loss(found.scale)
 
     def moments(q: Array, each: Array, r: Array) -> tuple[Array, ...]:
-        each = unit * each
         psi, bend = (jnp.where(each > 0, f(here, r), 0) for f in (influence, curvature))
         square = jnp.sum(each * psi * psi)
+        # The same gram as in least squares, where XLA sees both at once.
         return gram(q, each), square, jnp.sum(each * bend), jnp.sum(each * bend * bend)
 
-    normal, square, bend, bend2 = sums(of, moments, found.residuals)
+    normal, square, bend, bend2 = (unit * x for x in sums(of, moments, found.residuals))
     mean = bend / n
     variance = (bend2 - n * mean**2) / (n - 1)
     kappa = 1 + of.rank * variance / (n * mean**2)

@@ -52,11 +52,10 @@ class Estimate(NamedTuple):
 def least_squares(of: Problem) -> Array:
     """To start from: its rounding is not refined."""
 
-    def terms(q: Array, each: Array, y: Array) -> Array:
-        return q.T @ jnp.column_stack([q * each[:, None], each * y])
+    def terms(q: Array, each: Array, y: Array) -> tuple[Array, Array]:
+        return gram(q, each), q.T @ (each * y)
 
-    found = sums(of, terms, of.y)
-    return solve(found[:, :-1], found[:, -1])
+    return solve(*sums(of, terms, of.y))
 
 
 def thinned(of: Problem) -> Problem | None:
