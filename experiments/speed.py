@@ -172,7 +172,7 @@ def check(result: Result) -> None:
 
 
 def show(result: Result, console: Console) -> None:
-    """The table."""
+    """The tables, and the seconds of the import."""
     table = Table("value and gradient of the mean", "ms", "/ copy", "/ optax", "first call, s")
     for name, seconds in result.times.items():
         peer = f"optax: {name}"
@@ -184,13 +184,14 @@ def show(result: Result, console: Console) -> None:
             f"{result.first[name]:.2f}",
         )
     console.print(table)
+    console.print(f"`import robustloss` adds {result.imports:.3f} s to `import jax`.")
     if result.fits:
         _show_fits(result, console)
 
 
 def findings(result: Result) -> list[str]:
     """What was found besides the times."""
-    said = [f"On {result.device}; `import robustloss` adds {result.imports:.3f} s to `import jax`."]
+    said = [f"All of it was timed on {result.device}."]
     if result.fits:
         grown = ", ".join(f"{seconds:.3g} s at {rows:,}" for rows, seconds in result.growth.items())
         errors = [t.error for t in result.fits.values() if t.error is not None]

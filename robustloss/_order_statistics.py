@@ -62,7 +62,7 @@ def _weighted_quartiles(x: Array, w: Array) -> tuple[Array, Array]:
 
 def smallest(x: Array, rank: ArrayLike) -> Array:
     """The entry of x, which is (n,), that has `rank` at or below it; not for differentiation."""
-    return x[ranked(x, None, rank, rank)[0]]
+    return _selected(x, None, rank, rank)[0]
 
 
 def ranked(x: Array, w: Array | None, low: Any, high: Any) -> tuple[Array, Array]:

@@ -113,9 +113,19 @@ def _mad(centers: bool, x: Array, w: Array | None) -> Array:
     return _MAD * _deviation(_centered(x, w) if centers else x, w)
 
 
-def mad_near(r: Array, w: Array | None, s: Array, far: Array) -> Array:
-    """The MAD about 0 of one row, sooner if it is within `far` of s; not for differentiation."""
+def mad_near(
+    r: Array,
+    *,
+    guess: tuple[Array, Array],
+    where: Array | None = None,
+    weights: Array | None = None,
+) -> Array:
+    """The MAD about 0 of one row; sooner the nearer it is to s, for the guess `s, far`."""
+    s, far = guess
     far = jnp.maximum(far, jnp.finfo(r.dtype).eps ** 0.5 * s)  # or rounding might exclude it
+    w = weights
+    if where is not None:
+        w = where.astype(jnp.int32) if w is None else jnp.where(where, w, 0)
     nan = jnp.any(jnp.isnan(r))
     found = bare_median(jnp.where(nan, 0, jnp.abs(r)), w, jnp.stack([s - far, s + far]) / _MAD)
     return jnp.where(nan, jnp.nan, _MAD * found)

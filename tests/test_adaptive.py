@@ -129,7 +129,7 @@ def test_two_minus_alpha_is_exact_in_two_numbers():
 
 @pytest.mark.parametrize("alpha", [-100.3, -17.7, -3.3, -1e-3, 1e-3, 0.7, 1.9, 2.3, 3.3, 17.7])
 def test_the_power_is_right_to_an_ulp(alpha):
-    """Where 2 - alpha and the logarithm are off by a rounding, it would be to dozens."""
+    """Were 2 - alpha or the logarithm rounded, it would be off by dozens."""
     r = np.logspace(-3, 3, 61).astype(np.float32)
     alpha = np.float32(alpha)
     got = _powers.power_of(jnp.asarray(r), jnp.full(r.shape, alpha), jnp.ones_like(r))

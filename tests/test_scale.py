@@ -18,7 +18,7 @@ from scipy import special, stats
 
 import robustloss as rl
 from robustloss import scale
-from robustloss.scale import iqr, location_scale, m_scale, mad, proposal2, qn, sn, tau
+from robustloss.scale import iqr, location_scale, m_scale, mad, mad_near, proposal2, qn, sn, tau
 
 NAN, INF = float("nan"), float("inf")
 ALL = {name: getattr(scale, name) for name in scale.__all__ if "ocation" not in name}
@@ -290,15 +290,18 @@ def test_the_mad_is_found_wherever_it_is_thought_to_be(x64, n):
     weights = np.where(keep, random.integers(1, 4, rows.shape), 0.0)
     near = np.array([0, 1e-300, 0.3, 0.7, 1 - 1e-12, 1, 1 + 1e-12, 1.5, 1e9, INF, NAN])
     far = np.array([0, 1e-12, 1e-2, 0.5, 1, INF, NAN])
-    for w in (None, keep.astype(np.int32), weights):
-        each = np.ones(rows.shape, int) if w is None else w.astype(int)
+    counted = {"where": keep, "weights": weights}
+    for names in ((), ("where",), ("weights",), ("where", "weights")):
+        known = {name: counted[name] for name in names}
+        each = weights if "weights" in names else keep if names else np.ones(rows.shape)
+        each = each.astype(int)
         ordered = [np.sort(np.repeat(abs(x), k)) for x, k in zip(rows, each, strict=True)]
         middles = [0.5 * x[(len(x) - 1) // 2] + 0.5 * x[len(x) // 2] for x in ordered]
         want = scale._MAD * np.array(middles)
-        of_rows = jax.jit(jax.vmap(scale.mad_near, (0, None if w is None else 0, 0, 0)))
+        of_rows = jax.jit(jax.vmap(lambda r, s, far, known: mad_near(r, guess=(s, far), **known)))
         for a, b in product(near, far):
             with np.errstate(invalid="ignore"):
-                got = of_rows(np.where(each > 0, rows, 0), w, a * want, b * want)
+                got = of_rows(np.where(each > 0, rows, 0), a * want, b * want, known)
             np.testing.assert_array_equal(got, want)
 
 

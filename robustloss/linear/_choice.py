@@ -131,18 +131,18 @@ def residual_scale(
             known = ", ".join(named)
             raise ValueError(f"scale must be a number, a function or one of {known}, got {scale!r}")
         scale = partial(scales.proposal2, k=1.345) if scale == "proposal2" else vars(scales)[scale]
+    if scale is scales.mad:
+        scale = scales.mad_near
     if weighted and not takes(scale, "weights"):
         raise ValueError(f"weights were given, but the scale {_base(scale).__name__} takes none")
     return with_leaves(scale), 1.0
 
 
 def scale_of(scale: Partial, r: Array, of: Problem, s: Array, far: Array) -> Array:
-    """Of residuals about 0, with what else of the problem the function takes.
+    """Of residuals about 0, with what else is known that the function takes.
 
-    Most likely within `far` of s, which makes the MAD's selection short.
+    Most likely it is within `far` of s.
     """
-    if scale.func is scales.mad and not scale.keywords:
-        keep = None if of.keep is None else of.keep.astype(jnp.int32)
-        return scales.mad_near(r, keep if of.w is None else of.each(), s, far)
-    known = {"center": 0.0, "where": of.keep, "weights": of.w, "ddof": of.rank}
+    known: dict[str, Any] = {"center": 0.0, "where": of.keep, "weights": of.w, "ddof": of.rank}
+    known["guess"] = s, far
     return scale(r, **{name: x for name, x in known.items() if takes(scale.func, name)})

@@ -32,7 +32,7 @@ from robustloss.views import curvature, influence, weight
 At = Callable[[Array], Callable[..., Array]]
 """The loss at a scale."""
 Spread = Callable[[Problem, Array, Array, Array], Array]
-"""The scale of residuals, or what comes closer to it, by the last one and how far that may be."""
+"""Of residuals, the last scale, and how far off it may be: their scale, or closer to it."""
 
 MANY = 2**16  # rows, for which a part of them shows where to start
 _PART = 2**13
