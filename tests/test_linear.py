@@ -301,6 +301,16 @@ def test_masks_and_weights(x64, method):
         np.testing.assert_allclose(weighted.scale, repeated.scale, rtol=1e-8)
 
 
+@pytest.mark.thorough
+@each
+def test_forward_mode_passes_through_a_fit(x64, method):
+    X, y = sample()
+    change = np.random.default_rng(1).normal(size=X.shape)
+    fit = jax.jit(lambda h: rl.fit_linear(X + h * change, y + h * change[:, 0], KINDS[method])[0])
+    _, got = jax.jvp(fit, (0.0,), (1.0,))
+    np.testing.assert_allclose(got, (fit(1e-6) - fit(-1e-6)) / 2e-6, rtol=1e-6)
+
+
 @each
 def test_columns_that_depend_on_others(x64, method):
     X, y = sample()
