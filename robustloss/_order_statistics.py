@@ -28,6 +28,12 @@ def bare_median(x: Array, w: Array | None, ends: Array | None = None) -> Array:
     return 0.5 * low + 0.5 * high
 
 
+def near_median(x: Array, w: Array | None) -> Array:
+    """An entry that 40 to 50 % of the entries are at or below, found in half the time."""
+    rank, n = _middle(x, w)[0], count(x, w)
+    return _selected(x, w, rank, rank, slack=n // 10)[0]
+
+
 def _middle(x: Array, w: Array | None) -> tuple[Array, Array]:
     n = count(x, w)
     if is_weighted(w):
@@ -74,14 +80,15 @@ def ranked(x: Array, w: Array | None, low: Any, high: Any) -> tuple[Array, Array
 
 
 def _selected(
-    x: Array, w: Array | None, low: Any, high: Any, ends: Array | None = None
+    x: Array, w: Array | None, low: Any, high: Any, ends: Array | None = None, slack: Any = 0
 ) -> tuple[Array, Array]:
     """The least entries that have these weights at or below them, `high` next to `low`.
 
     A bracket (first, last] of the answer is narrowed, to the `ends` or what a sample says at
-    first, then by interpolating between the weights up to its ends and aiming a little off, so as
-    to close in from the farther one; every third time by halving it as integers of the same order,
-    which no data can slow down. Once few entries are left in it, they are met in turn.
+    first, then by interpolating between the weights up to its ends and aiming a little to both
+    sides; every third time also by halving it as integers of the same order, which no data can
+    slow down. Once few entries are left in it, they are met in turn. With `slack`, the answer may
+    have so much less weight at or below it.
     """
     kept = True if w is None else w > 0
     sign = jnp.iinfo(as_integers(x).dtype).max
@@ -101,33 +108,38 @@ def _selected(
         first, last, below, upto, steps = state
         entries = ((upto - below) / one).astype(x.dtype)
         part = ((low - below) / one).astype(x.dtype)
-        part += jnp.where(part > 0.5 * entries, -1, 1) * jnp.sqrt(entries)
-        guess = first + (last - first) * (part / entries)
+        aside = jnp.stack([-jnp.sqrt(entries), jnp.sqrt(entries)])
+        guesses = first + (last - first) * ((part + aside) / entries)
         if ends is not None:
-            guess = jnp.where(steps < 2, ends[jnp.minimum(steps, 1)], guess)
+            guesses = jnp.where(steps == 0, ends, guesses)
         a, b = key(first), key(last)
         middle = number((a & b) + ((a ^ b) >> 1))  # their mean, which cannot overflow
-        halve = (steps % 3 == 2) | ~((guess > first) & (guess < last))
-        here = jnp.where(halve, middle, guess)
-        weight = weight_of(w, x <= here)
-        enough = weight >= low
+        halve = jnp.stack([steps % 3 == 2, False]) | ~((guesses > first) & (guesses < last))
+        guesses = jnp.where(halve, middle, guesses)
+        nearer, further = jnp.min(guesses), jnp.max(guesses)
+        upto_nearer, upto_further = weights_of(w, x <= nearer, x <= further)
+
+        def third(lower: Array, central: Array, upper: Array) -> Array:
+            central = jnp.where(upto_further >= low, central, upper)
+            return jnp.where(upto_nearer >= low, lower, central)
+
         return (
-            jnp.where(enough, first, here),
-            jnp.where(enough, here, last),
-            jnp.where(enough, below, weight),
-            jnp.where(enough, weight, upto),
+            third(first, nearer, further),
+            third(nearer, further, last),
+            third(below, upto_nearer, upto_further),
+            third(upto_nearer, upto_further, upto),
             steps + 1,
         )
 
     def meet(state: Any) -> Any:
         first, last, _, upto, _ = lax.while_loop(
-            lambda state: (state[3] - state[2] > 4 * one) & (state[4] < 24),
+            lambda state: (state[3] - state[2] > jnp.maximum(slack, 4 * one)) & (state[4] < 24),
             narrow,
             (*state[:4], jnp.int32(0)),
         )
         there = jnp.min(jnp.where(~(x <= first) & kept, x, jnp.inf))
         upto_there = weight_of(w, x <= there)
-        return there, last, upto_there, upto, (upto_there < low) & (there < jnp.inf)
+        return there, last, upto_there, upto, (upto_there < low - slack) & (there < jnp.inf)
 
     lowest = jnp.min(x, where=kept, initial=jnp.inf)
     # Below it by more than a subnormal number, which may count as 0.
@@ -172,6 +184,23 @@ def weight_of(w: Array | None, chosen: Array) -> Array:
     chosen = chosen if w is None else chosen & (w > 0)
     exact = chosen.size <= 2**24  # in floats, which are added up faster
     return jnp.sum(chosen, dtype=jnp.float32 if exact else jnp.int32).astype(jnp.int32)
+
+
+def weights_of(w: Array | None, first: Array, second: Array) -> list[Array]:
+    """The same of two choices, in the time of one."""
+    if is_weighted(w):
+        return [weight_of(w, first), weight_of(w, second)]
+    chosen = (first, second) if w is None else (first & (w > 0), second & (w > 0))
+    return joint_sums(*(x.astype(jnp.int32) for x in chosen))
+
+
+def joint_sums(*x: Array, axis: int = 0) -> list[Array]:
+    """Of each x along an axis, in one pass, which XLA's CPU makes faster than a sum of one."""
+
+    def add(a: list[Array], b: list[Array]) -> list[Array]:
+        return [i + j for i, j in zip(a, b, strict=True)]
+
+    return lax.reduce(list(x), [jnp.zeros((), each.dtype) for each in x], add, (axis,))
 
 
 def as_integers(x: Array) -> Array:

@@ -324,6 +324,30 @@ def test_columns_that_depend_on_others(x64, method):
     np.testing.assert_allclose(double.covariance[3, 3], found.covariance[3, 3], rtol=1e-6)
 
 
+def test_columns_that_nearly_depend_on_others(x64):
+    """The same fit in worse and worse columns, until they count as dependent, as in R's lm."""
+    X, y = sample()
+    apart = np.array([1, 1e-3, 1e-5, 1e-6, 1e-9, 0])
+    columns = np.stack([np.c_[X[:, :2], X[:, 1] + d * X[:, 2]] for d in apart])
+    found = jax.vmap(rl.fit_linear, (0, None))(columns, y)
+    assert jnp.all(found.converged)
+    np.testing.assert_array_equal(found.unique, apart > 1e-7)
+    whole, one_less = (rl.fit_linear(x, y).residuals for x in (X, X[:, :2]))
+    for d, residuals in zip(apart, found.residuals, strict=True):
+        if d > 1e-7:
+            np.testing.assert_allclose(residuals, whole, atol=1e-14 / d)
+        else:
+            np.testing.assert_allclose(residuals, one_less, atol=1e-8)
+
+
+def test_eigenvalues_are_for_columns_that_depend_on_others():
+    """Cholesky's factor does for all others: XLA must not take eigh out of its loop."""
+    program = jax.jit(jax.vmap(rl.fit_linear)).lower(np.ones((9, 20, 3)), np.ones((9, 20)))
+    program = program.compile().as_text()
+    assert "syevd" in program
+    assert "syevd" not in program[program.index("\nENTRY ") :]
+
+
 @each
 def test_what_fits_exactly(x64, method):
     """A line, a constant, and as many rows as coefficients: scale 0, and converged."""

@@ -18,6 +18,7 @@ from scipy import special, stats
 
 import robustloss as rl
 from robustloss import scale
+from robustloss._order_statistics import near_median
 from robustloss.scale import iqr, location_scale, m_scale, mad, mad_near, proposal2, qn, sn, tau
 
 NAN, INF = float("nan"), float("inf")
@@ -280,6 +281,20 @@ def test_selection_among_many():
         deviations = np.abs(rows - np.median(rows, 1, keepdims=True))
         want = np.float32(scale._MAD) * np.median(deviations, 1)
         np.testing.assert_array_equal(mad(rows, axis=1), want)
+
+
+@pytest.mark.parametrize("n", [1, 8, 300])
+def test_what_is_next_to_a_median(x64, n):
+    random = np.random.default_rng(n)
+    rows = np.r_[samples(20, n, n), random.choice([0.0, 1.0, -3.0, INF], (20, n))]
+    keep = random.random(rows.shape) < 0.9
+    keep[:, 0] = True
+    got = jax.jit(jax.vmap(near_median))(rows, keep.astype(np.int32))
+    for x, found in zip((x[k] for x, k in zip(rows, keep, strict=True)), got, strict=True):
+        rank = (len(x) + 1) // 2
+        assert found in x
+        assert rank - len(x) // 10 <= np.sum(x <= found)
+        assert np.sum(x < found) < rank
 
 
 @pytest.mark.parametrize("n", [7, 8, 300])

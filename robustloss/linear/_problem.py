@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.scipy.linalg import cho_factor, cho_solve
 
-from robustloss._order_statistics import bare_median
+from robustloss._order_statistics import joint_sums, near_median
 from robustloss.scale import _MAD
 
 _SAMPLE = 1024  # rows, enough to center and to scale a column by
@@ -92,17 +92,41 @@ def problem(X: Array, y: Array, keep: Array | None, w: Array | None, intercept: 
     normal, total = sums(raw, terms)
     diagonal = jnp.sqrt(jnp.maximum(jnp.diagonal(normal), 0))
     diagonal = jnp.where(diagonal > 0, diagonal, 1)
-    values, vectors = jnp.linalg.eigh(normal / (diagonal[:, None] * diagonal))
-    known = values > 4 * k * jnp.finfo(X.dtype).eps * jnp.max(values)
-    basis = jnp.where(known, vectors / jnp.sqrt(jnp.where(known, values, 1)), 0)
+    basis, free, rank = _axes(normal / (diagonal[:, None] * diagonal))
     basis = basis * (jnp.sqrt(total) / diagonal[:, None])
-    free = jnp.where(known, 0, vectors / diagonal[:, None])
+    free = free / diagonal[:, None]
     return raw._replace(
         slopes=unit @ basis,
         constants=first @ basis,
-        rank=jnp.sum(known, dtype=jnp.int32),
+        rank=rank,
         told=_told(raw, free),
     )
+
+
+def _axes(normal: Array) -> tuple[Array, Array, Array]:
+    """A basis in which the normal matrix is 1; where it is 0 instead, and the rank.
+
+    `normal` has ones, or zeros, on its diagonal.
+    """
+    k = len(normal)
+    eps = float(jnp.finfo(normal.dtype).eps)
+    factor = lax.linalg.cholesky(normal)
+    eye = jnp.eye(k, dtype=normal.dtype)
+    inverse = lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
+    plain = jnp.sum(inverse * inverse) < eps**-0.5  # the trace of the inverse; else, or NaN, not
+
+    def by_eigenvalues(state: Any) -> Any:
+        values, vectors = jnp.linalg.eigh(state[1])
+        known = values > 4 * k * eps * jnp.max(values)
+        basis = jnp.where(known, vectors / jnp.sqrt(jnp.where(known, values, 1)), 0)
+        free = jnp.where(known, 0, vectors)
+        return jnp.asarray(True), free, basis, jnp.sum(known, dtype=jnp.int32)
+
+    # A loop of one round at most: of many problems at once, lax.cond would do both for all. The
+    # matrix is part of its state, or XLA would take eigh out of it.
+    begin = plain, normal, inverse.T, jnp.int32(k)
+    _, free, basis, rank = lax.while_loop(lambda state: ~state[0], by_eigenvalues, begin)
+    return basis, jnp.where(plain, 0, free), rank
 
 
 def _told(raw: Problem, free: Array) -> Array:
@@ -119,12 +143,12 @@ def _told(raw: Problem, free: Array) -> Array:
 
 
 def _middles_and_spreads(x: Array, keep: Array | None, intercept: bool) -> tuple[Array, Array]:
-    """The median of each column, or 0 without an intercept, and the MAD about it."""
+    """Next to the median of each column, or 0 without an intercept; and to the MAD about it."""
     w = None if keep is None else keep.astype(jnp.int32)
     x = lax.stop_gradient(x if keep is None else jnp.where(keep[:, None], x, 0))
 
     def middle(x: Array, wanted: Array) -> tuple[Array, Array]:
-        found = jax.vmap(lambda column: bare_median(column, w))(x)
+        found = jax.vmap(lambda column: near_median(column, w))(x)
         found = jnp.where(wanted, jnp.nan_to_num(found), 0)
         return jnp.abs(x - found[:, None]), found
 
@@ -184,24 +208,16 @@ def part(of: Problem, which: slice | Array) -> Problem:
 
 def predictions(of: Problem, b: Array) -> Array:
     """`q b` of each row."""
-    # Not a product of matrices, of which one would have to be written first; nor may XLA write
-    # X - center before a loop over many b.
-    b, center = lax.optimization_barrier((b, of.center))
-    each = jnp.sum((of.X - center) * (of.slopes @ b), axis=1) + of.constants @ b
-    return each if of.keep is None else jnp.where(of.keep, each, 0)
+    return lax.optimization_barrier(both_predictions(of, b, b))[0]  # or XLA makes but one, slower
 
 
 def both_predictions(of: Problem, b: Array, v: Array) -> tuple[Array, Array]:
     """`q b` and `q v` of each row, in a third of the time that XLA's CPU takes for one."""
+    # Not a product of matrices, of which one would have to be written first; nor may XLA write
+    # X - center before a loop over many b.
     b, v, center = lax.optimization_barrier((b, v, of.center))
     moved = of.X - center
-    zero = jnp.zeros((), of.X.dtype)
-    sums = lax.reduce(
-        (moved * (of.slopes @ b), moved * (of.slopes @ v)),
-        (zero, zero),
-        lambda x, y: (x[0] + y[0], x[1] + y[1]),
-        (1,),
-    )
+    sums = joint_sums(moved * (of.slopes @ b), moved * (of.slopes @ v), axis=1)
     both = (each + of.constants @ x for each, x in zip(sums, (b, v), strict=True))
     first, second = (x if of.keep is None else jnp.where(of.keep, x, 0) for x in both)
     return first, second
@@ -259,6 +275,14 @@ def sums(of: Problem, terms: Callable[..., Any], *vectors: Array) -> Any:
 def gram(q: Array, w: Array) -> Array:
     """`q' diag(w) q`."""
     return (q * w[:, None]).T @ q
+
+
+def crossed(q: Array, columns: Array) -> Array:
+    """`q' columns`, for a step of a solver."""
+    # XLA's CPU takes half the time where q' is in memory. All rows at once are the same in each
+    # step, so that it is written there once; blocks of them are not.
+    whole = len(q) < _BLOCK
+    return (lax.optimization_barrier(q.T) if whole else q.T) @ columns
 
 
 def solve(gram: Array, right: Array) -> Array:

@@ -14,6 +14,7 @@ from jax.scipy.linalg import cho_factor, cho_solve
 from jax.scipy.special import ndtri
 from jax.typing import ArrayLike
 
+from robustloss._order_statistics import joint_sums
 from robustloss.linear._problem import Problem, gram, raw_basis, sums
 from robustloss.linear.irls import At, Estimate
 from robustloss.scale import iqr
@@ -32,9 +33,8 @@ def huber_h1(of: Problem, loss: At, found: Estimate) -> Array:
 
     def moments(q: Array, each: Array, r: Array) -> tuple[Array, ...]:
         psi, bend = (jnp.where(each > 0, f(here, r), 0) for f in (influence, curvature))
-        square = jnp.sum(each * psi * psi)
         # The same gram as in least squares, where XLA sees both at once.
-        return gram(q, each), square, jnp.sum(each * bend), jnp.sum(each * bend * bend)
+        return gram(q, each), *joint_sums(*(each * x for x in (psi * psi, bend, bend * bend)))
 
     normal, square, bend, bend2 = (unit * x for x in sums(of, moments, found.residuals))
     mean = bend / n

@@ -17,9 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from robustloss._order_statistics import joint_sums
 from robustloss.linear._problem import (
     Problem,
     both_predictions,
+    crossed,
     gram,
     part,
     predictions,
@@ -80,7 +82,7 @@ def _equations(
         bent, *columns = (jnp.where(each > 0, x, 0) for x in (each * curve, *columns))
         if not joint:  # faster with the many starts of an S-estimate, which share q
             return jnp.column_stack([gram(q, bent), q.T @ columns[0]])
-        return q.T @ jnp.column_stack([q * bent[:, None], *columns])  # in one pass
+        return crossed(q, jnp.column_stack([q * bent[:, None], *columns]))  # in one pass
 
     found, k = sums(of, terms, r), len(of.constants)
     return found[:, :k], found[:, k:]
@@ -125,7 +127,7 @@ def _bend(loss: At, each: Array, r: Array, s: Array, last_r: Array, last_s: Arra
     pull, curve = influence(here, last_r), curvature(here, last_r)
     expected = pull + curve * (r - last_r) + (pull - curve * last_r) / last_s * (s - last_s)
     off = jnp.abs(influence(loss(s), r) - expected)
-    total, curves = (jnp.sum(jnp.where(each > 0, each * x, 0)) for x in (off, curve))
+    total, curves = joint_sums(*(jnp.where(each > 0, each * x, 0) for x in (off, curve)))
     return total / jnp.abs(curves)
 
 
