@@ -33,6 +33,13 @@ WORDS = {
     "geman_mcclure": "Geman-McClure",
     "quantile_huber": "quantile Huber",
     "epsilon_insensitive": "epsilon-insensitive",
+    "quantile": "quantile",
+    "expectile": "expectile",
+    "general": "general",
+    "gaussian_nll": "Gaussian NLL",
+    "laplace_nll": "Laplace NLL",
+    "student_t_nll": "Student t NLL",
+    "general_nll": "general NLL",
 }
 
 
