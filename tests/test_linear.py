@@ -176,8 +176,10 @@ def test_california(x64, kind):
     found = rl.fit_linear(data.X, data.y, loss, **settings)
     assert found.converged
     assert error("california", found, want["coef"]) < (1e-4 if kind == "mm" else 1e-10)
-    if kind == "mm":
-        assert found.scale <= want["scale"] * (1 + 1e-6)
+    if kind == "mm":  # a few of its many starts lead to the lowest scale, whatever the key
+        keys = jax.random.split(jax.random.key(1), 5)
+        scales = [rl.fit_linear(data.X, data.y, loss, key=key, **settings).scale for key in keys]
+        assert max(found.scale, *scales) <= want["scale"] * (1 + 1e-6)
     elif kind != "mae":
         np.testing.assert_allclose(found.standard_errors(), want["se"], rtol=1e-9)
 
