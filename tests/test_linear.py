@@ -584,6 +584,39 @@ def test_quantiles_are_linear_programmes(x64):
         np.testing.assert_allclose(objective, programme.fun, rtol=1e-10, atol=1e-10)
 
 
+def test_unique_where_linear_programmes_are(x64):
+    """Of integers, where many rows are met at once: the range of a direction over all optima."""
+    random = np.random.default_rng(0)
+    sets, n = 20, 24
+    X = random.integers(0, 4, (sets, n, 2)).astype(float)
+    y = X @ [1.0, 2.0] + random.integers(-2, 3, (sets, n))
+    direction = np.r_[random.normal(size=3), np.zeros(2 * n)]
+    cost, free = np.r_[np.zeros(3), np.full(2 * n, 0.5)], [(None, None)] * 3 + [(0, None)] * 2 * n
+    widths = []
+    for x, target in zip(X, y, strict=True):
+        rows = {"A_eq": np.c_[np.ones(n), x, np.eye(n), -np.eye(n)], "b_eq": target, "bounds": free}
+        least = optimize.linprog(cost, **rows).fun
+        optima = rows | {"A_ub": cost[None], "b_ub": [least + 1e-9]}
+        ends = [optimize.linprog(way * direction, **optima).fun for way in (1, -1)]
+        widths.append(-sum(ends))
+    unique = np.array(widths) < 1e-5
+    assert 0 < np.sum(unique) < sets
+    found = jax.vmap(partial(rl.fit_linear, loss=rl.absolute_error))(X, y)
+    np.testing.assert_array_equal(found.unique, unique)
+
+
+def test_most_of_y_is_one_number(x64):
+    """Its MAD is 0 then, and says nothing about what rounding is relative to."""
+    X, y = sample()
+    for spaced in (6, 10):
+        y = np.where(np.arange(60) % spaced > 0, 3.0, y)
+        found = rl.fit_linear(X, y)
+        assert found.converged
+        assert found.scale == 0
+        np.testing.assert_allclose(found.coefficients, 0, atol=1e-13)
+        np.testing.assert_allclose(found.intercept, 3, rtol=1e-13)
+
+
 @pytest.mark.thorough
 def test_powell_in_numpy(x64):
     X, y = sample(200, 2)

@@ -72,6 +72,7 @@ def problem(X: Array, y: Array, keep: Array | None, w: Array | None, intercept: 
     middles, spreads = _middles_and_spreads(table, kept, intercept)
     center, middle, spread, size = middles[:p], middles[p], spreads[:p], spreads[p]
     spread = jnp.where(spread > 0, spread, _largest(X, center, keep, spread))
+    size = jnp.where(size > 0, size, _mean_size(table[:, p] - middle, kept))
     if intercept:
         y = y - middle if keep is None else jnp.where(keep, y - middle, 0)
 
@@ -166,6 +167,15 @@ def _largest(X: Array, center: Array, keep: Array | None, spread: Array) -> Arra
         return jnp.where(size > 0, size, 1)
 
     return lax.cond(jnp.all(spread > 0), lambda: jnp.ones_like(spread), look)
+
+
+def _mean_size(x: Array, keep: Array | None) -> Array:
+    """The geometric mean of what is not 0, if anything is: where most entries are one number."""
+    counts = (x != 0) & jnp.isfinite(x)
+    counts = counts if keep is None else counts & keep
+    logs = jnp.log(jnp.where(counts, jnp.abs(x), 1))
+    several = jnp.sum(counts)
+    return jnp.where(several > 0, jnp.exp(jnp.sum(logs) / jnp.maximum(several, 1)), 0)
 
 
 def rows(of: Problem) -> Array:

@@ -67,7 +67,10 @@ def simplex(
     near: Array,
     steps: ArrayLike = 200,
 ) -> Basis:
-    """From the vertex next to `near`, along edges that lead down."""
+    """From the vertex next to `near`, along edges that lead down.
+
+    To tell whether the optimum is unique, `near` must be where an interior point ended.
+    """
     n, k = a.shape
     eps = jnp.finfo(y.dtype).eps
     empty = jnp.sum(a * a, axis=0) == 0
@@ -125,6 +128,11 @@ def simplex(
     # An edge that is level and not of length 0 leads to other optima.
     blocked = jnp.any(found.chance[:, None] & (jnp.abs(a @ found.inverse) > eps), axis=0)
     unique = ~jnp.any((jnp.abs(found.slopes) <= found.noise) & ~blocked)
+    # Where other rows are met too, edges are not all the ways that lead away; but an interior
+    # point ends amid all optima, which is not a vertex if there are others.
+    size = jnp.max(jnp.abs(found.b)) + jnp.mean(jnp.abs(found.e))
+    off = jnp.max(jnp.abs(found.b - near))
+    unique &= ~jnp.any(found.chance) | (off <= eps**0.5 * size)
     rows = jnp.where(found.rows < n, found.rows, n)
     return Basis(rows, found.b, end.optimal, ~jnp.any(found.chance), unique, end.taken)
 

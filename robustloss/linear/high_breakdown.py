@@ -28,7 +28,7 @@ Starts = tuple[Array, Array]  # coefficients and scales, a row for each
 _SUBSETS = 1000
 _GROUPS = 5
 _ROWS = 400  # in a group, or 20 for each coefficient
-_FINALISTS = 50  # or 5 of each group
+_FINALISTS = 100  # or 5 of each group
 
 
 def s_estimate(of: Problem, loss: Loss, share: Array, floor: Array, key: Array) -> Estimate:
