@@ -130,7 +130,7 @@ def simplex(
     unique = ~jnp.any((jnp.abs(found.slopes) <= found.noise) & ~blocked)
     # Where other rows are met too, edges are not all the ways that lead away; but an interior
     # point ends amid all optima, which is not a vertex if there are others.
-    size = jnp.max(jnp.abs(found.b)) + jnp.mean(jnp.abs(found.e))
+    size = jnp.max(jnp.abs(found.b)) + jnp.mean(jnp.abs(y))
     off = jnp.max(jnp.abs(found.b - near))
     unique &= ~jnp.any(found.chance) | (off <= eps**0.5 * size)
     rows = jnp.where(found.rows < n, found.rows, n)
