@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from robustloss._sums import joint_sums
+
 _MANY = 2**14  # entries, of which a sample shows where to begin
 _SAMPLE = 512
 
@@ -192,15 +194,6 @@ def weights_of(w: Array | None, first: Array, second: Array) -> list[Array]:
         return [weight_of(w, first), weight_of(w, second)]
     chosen = (first, second) if w is None else (first & (w > 0), second & (w > 0))
     return joint_sums(*(x.astype(jnp.int32) for x in chosen))
-
-
-def joint_sums(*x: Array, axis: int = 0) -> list[Array]:
-    """Of each x along an axis, in one pass, which XLA's CPU makes faster than a sum of one."""
-
-    def add(a: list[Array], b: list[Array]) -> list[Array]:
-        return [i + j for i, j in zip(a, b, strict=True)]
-
-    return lax.reduce(list(x), [jnp.zeros((), each.dtype) for each in x], add, (axis,))
 
 
 def as_integers(x: Array) -> Array:

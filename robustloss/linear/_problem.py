@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.scipy.linalg import cho_factor, cho_solve
 
-from robustloss._order_statistics import joint_sums, near_median
-from robustloss.scale import _MAD
+from robustloss._sums import joint_sums
+from robustloss.linear._columns import axes, largest, mean_size, middles_and_spreads
 
 _SAMPLE = 1024  # rows, enough to center and to scale a column by
 _BLOCK = 16384  # rows, few enough for a cache
@@ -69,10 +69,10 @@ def problem(X: Array, y: Array, keep: Array | None, w: Array | None, intercept: 
         kept = keep[some] & (some < n)
     # Of most of the rows: one wild entry must not flatten the others.
     table = jnp.concatenate([X[some], y[some, None]], axis=1)
-    middles, spreads = _middles_and_spreads(table, kept, intercept)
+    middles, spreads = middles_and_spreads(table, kept, intercept)
     center, middle, spread, size = middles[:p], middles[p], spreads[:p], spreads[p]
-    spread = jnp.where(spread > 0, spread, _largest(X, center, keep, spread))
-    size = jnp.where(size > 0, size, _mean_size(table[:, p] - middle, kept))
+    spread = jnp.where(spread > 0, spread, largest(X, center, keep, spread))
+    size = jnp.where(size > 0, size, mean_size(table[:, p] - middle, kept))
     if intercept:
         y = y - middle if keep is None else jnp.where(keep, y - middle, 0)
 
@@ -93,7 +93,7 @@ def problem(X: Array, y: Array, keep: Array | None, w: Array | None, intercept: 
     normal, total = sums(raw, terms)
     diagonal = jnp.sqrt(jnp.maximum(jnp.diagonal(normal), 0))
     diagonal = jnp.where(diagonal > 0, diagonal, 1)
-    basis, free, rank = _axes(normal / (diagonal[:, None] * diagonal))
+    basis, free, rank = axes(normal / (diagonal[:, None] * diagonal))
     basis = basis * (jnp.sqrt(total) / diagonal[:, None])
     free = free / diagonal[:, None]
     return raw._replace(
@@ -102,32 +102,6 @@ def problem(X: Array, y: Array, keep: Array | None, w: Array | None, intercept: 
         rank=rank,
         told=_told(raw, free),
     )
-
-
-def _axes(normal: Array) -> tuple[Array, Array, Array]:
-    """A basis in which the normal matrix is 1; where it is 0 instead, and the rank.
-
-    `normal` has ones, or zeros, on its diagonal.
-    """
-    k = len(normal)
-    eps = float(jnp.finfo(normal.dtype).eps)
-    factor = lax.linalg.cholesky(normal)
-    eye = jnp.eye(k, dtype=normal.dtype)
-    inverse = lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
-    plain = jnp.sum(inverse * inverse) < eps**-0.5  # the trace of the inverse; else, or NaN, not
-
-    def by_eigenvalues(state: Any) -> Any:
-        values, vectors = jnp.linalg.eigh(state[1])
-        known = values > 4 * k * eps * jnp.max(values)
-        basis = jnp.where(known, vectors / jnp.sqrt(jnp.where(known, values, 1)), 0)
-        free = jnp.where(known, 0, vectors)
-        return jnp.asarray(True), free, basis, jnp.sum(known, dtype=jnp.int32)
-
-    # A loop of one round at most: of many problems at once, lax.cond would do both for all. The
-    # matrix is part of its state, or XLA would take eigh out of it.
-    begin = plain, normal, inverse.T, jnp.int32(k)
-    _, free, basis, rank = lax.while_loop(lambda state: ~state[0], by_eigenvalues, begin)
-    return basis, jnp.where(plain, 0, free), rank
 
 
 def _told(raw: Problem, free: Array) -> Array:
@@ -141,41 +115,6 @@ def _told(raw: Problem, free: Array) -> Array:
         free = free.at[0].add(-jnp.sum(parts, axis=0))
     noise = jnp.finfo(free.dtype).eps ** 0.5 * jnp.maximum(size, largest)
     return ~jnp.any(jnp.abs(free) > noise, axis=1)
-
-
-def _middles_and_spreads(x: Array, keep: Array | None, intercept: bool) -> tuple[Array, Array]:
-    """Next to the median of each column, or 0 without an intercept; and to the MAD about it."""
-    w = None if keep is None else keep.astype(jnp.int32)
-    x = lax.stop_gradient(x if keep is None else jnp.where(keep[:, None], x, 0))
-
-    def middle(x: Array, wanted: Array) -> tuple[Array, Array]:
-        found = jax.vmap(lambda column: near_median(column, w))(x)
-        found = jnp.where(wanted, jnp.nan_to_num(found), 0)
-        return jnp.abs(x - found[:, None]), found
-
-    _, (middles, deviations) = lax.scan(middle, x.T, jnp.asarray([intercept, True]))
-    return middles, _MAD * deviations
-
-
-def _largest(X: Array, center: Array, keep: Array | None, spread: Array) -> Array:
-    """The size of columns of which most entries are one number; 1 for those that are 0."""
-
-    def look() -> Array:
-        size = jnp.max(
-            jnp.abs(X - center), axis=0, where=True if keep is None else keep[:, None], initial=0
-        )
-        return jnp.where(size > 0, size, 1)
-
-    return lax.cond(jnp.all(spread > 0), lambda: jnp.ones_like(spread), look)
-
-
-def _mean_size(x: Array, keep: Array | None) -> Array:
-    """The geometric mean of what is not 0, if anything is: where most entries are one number."""
-    counts = (x != 0) & jnp.isfinite(x)
-    counts = counts if keep is None else counts & keep
-    logs = jnp.log(jnp.where(counts, jnp.abs(x), 1))
-    several = jnp.sum(counts)
-    return jnp.where(several > 0, jnp.exp(jnp.sum(logs) / jnp.maximum(several, 1)), 0)
 
 
 def rows(of: Problem) -> Array:

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from robustloss.linear._columns import mean_size
+
 
 class Others(NamedTuple):
     """What the rows that take no part add, each on a side that it is taken to stay on."""
@@ -130,7 +132,7 @@ def simplex(
     unique = ~jnp.any((jnp.abs(found.slopes) <= found.noise) & ~blocked)
     # Where other rows are met too, edges are not all the ways that lead away; but an interior
     # point ends amid all optima, which is not a vertex if there are others.
-    size = jnp.max(jnp.abs(found.b)) + jnp.mean(jnp.abs(y))
+    size = jnp.max(jnp.abs(found.b)) + mean_size(y, kept)
     off = jnp.max(jnp.abs(found.b - near))
     unique &= ~jnp.any(found.chance) | (off <= eps**0.5 * size)
     rows = jnp.where(found.rows < n, found.rows, n)

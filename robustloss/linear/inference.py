@@ -14,7 +14,7 @@ from jax.scipy.linalg import cho_factor, cho_solve
 from jax.scipy.special import ndtri
 from jax.typing import ArrayLike
 
-from robustloss._order_statistics import joint_sums
+from robustloss._sums import joint_sums
 from robustloss.linear._problem import Problem, gram, raw_basis, sums
 from robustloss.linear.irls import At, Estimate
 from robustloss.scale import iqr

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from robustloss._order_statistics import joint_sums
+from robustloss._sums import joint_sums
 from robustloss.linear._problem import (
     Problem,
     both_predictions,
