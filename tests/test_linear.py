@@ -590,28 +590,27 @@ def test_quantiles_are_linear_programmes(x64):
 def test_unique_where_linear_programmes_are(x64):
     """Of integers, where many rows are met at once: the range of a direction over all optima."""
     random = np.random.default_rng(0)
-    sets, n = 20, 24
+    sets, n = 60, 24
     X = random.integers(0, 4, (sets, n, 2)).astype(float)
     y = X @ [1.0, 2.0] + random.integers(-2, 3, (sets, n))
     direction = np.r_[random.normal(size=3), np.zeros(2 * n)]
     cost, free = np.r_[np.zeros(3), np.full(2 * n, 0.5)], [(None, None)] * 3 + [(0, None)] * 2 * n
     widths = []
-    for x, target in zip(X, y, strict=True):
+    for x, target in zip(X[:20], y[:20], strict=True):
         rows = {"A_eq": np.c_[np.ones(n), x, np.eye(n), -np.eye(n)], "b_eq": target, "bounds": free}
         least = optimize.linprog(cost, **rows).fun
         optima = rows | {"A_ub": cost[None], "b_ub": [least + 1e-9]}
         ends = [optimize.linprog(way * direction, **optima).fun for way in (1, -1)]
         widths.append(-sum(ends))
     unique = np.array(widths) < 1e-5
-    assert 0 < np.sum(unique) < sets
+    assert 0 < np.sum(unique) < 20
     fits = jax.jit(jax.vmap(partial(rl.fit_linear, loss=rl.absolute_error)))
-    np.testing.assert_array_equal(fits(X, y).unique, unique)
-    # How far off a row is does not matter, but may leave it unknown.
+    np.testing.assert_array_equal(fits(X, y).unique[:20], unique)
     y[:, 0] = 1e3
-    near = fits(X, y).unique
-    y[:, 0] = 1e12
-    assert not np.all(near)
-    assert not np.any(fits(X, y).unique & ~near)
+    unique = fits(X, y).unique
+    assert not np.all(unique)
+    y[:, 0] = 1e9  # how far off a row is does not matter
+    np.testing.assert_array_equal(fits(X, y).unique, unique)
 
 
 def test_most_of_y_is_one_number(x64):
