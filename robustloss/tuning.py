@@ -367,14 +367,14 @@ def _in_float64(loss: Loss, **parameters: float) -> Iterator[None]:
     check_loss(loss)
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(_fixed(loss))):
         raise TypeError(f"tuning needs numbers, got the traced {_name(loss)}")
-    with jax.ensure_compile_time_eval(), _enable_x64(), np.errstate(all="ignore"):
+    with jax.ensure_compile_time_eval(), enable_x64(), np.errstate(all="ignore"):
         shape = jax.eval_shape(partial(loss, **parameters), np.zeros(2)).shape
         if shape != (2,):
             raise ValueError(f"a loss must keep the residual's shape (2,), got shape {shape}")
         yield
 
 
-def _enable_x64() -> Any:
+def enable_x64() -> Any:
     home: Any = jax if hasattr(jax, "enable_x64") else jax.experimental  # where jax 0.7 has it
     return home.enable_x64(True)
 

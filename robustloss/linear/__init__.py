@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from robustloss.linear import inference
 from robustloss.linear._choice import (
+    checked_key,
+    checked_loss,
     checked_method,
     level,
+    one_number,
     redescends,
     residual_scale,
     s_loss,
@@ -26,15 +30,16 @@ from robustloss.linear._problem import Problem, coefficients, from_coefficients,
 from robustloss.linear._result import LinearFit
 from robustloss.linear.high_breakdown import s_estimate
 from robustloss.linear.interior_point import quantile_fit
-from robustloss.linear.irls import At, Estimate, Spread, least_squares, m_estimate, thinned
-from robustloss.losses._elementwise import (
-    at_least_float32,
-    between,
-    check_loss,
-    positive,
-    real_array,
-    with_leaves,
+from robustloss.linear.irls import (
+    Estimate,
+    EstimateScale,
+    LossAtScale,
+    least_squares,
+    m_estimate,
+    met_exactly,
+    subsample,
 )
+from robustloss.losses._elementwise import at_least_float32, positive, real_array, with_leaves
 from robustloss.losses.convex import huber
 from robustloss.reduce import mask, nonnegative
 from robustloss.views import weight
@@ -44,6 +49,11 @@ __all__ = ["LinearFit", "fit_linear"]
 Loss = Callable[..., Array]
 Scale = Callable[..., Array]
 
+# A power of eps, times the size of y: below it the rounding of the residuals is more than a
+# thousandth of the scale in float64 and more than a hundredth in float32, and rows that are this
+# close to the fit count as met exactly.
+_SCALE_FLOOR = 0.75
+
 
 def fit_linear(
     X: ArrayLike,
@@ -51,7 +61,7 @@ def fit_linear(
     loss: Loss = huber,
     *,
     tuning: ArrayLike | None = None,
-    scale: str | Scale | ArrayLike = "mad",
+    scale: str | Scale | ArrayLike | None = None,
     method: str | None = None,
     start: ArrayLike | None = None,
     intercept: bool = True,
@@ -84,13 +94,15 @@ the rows cannot carry off, then the M-estimate next to it, at its scale |
 
     Args:
         X: real numbers of the shape (rows, columns), without a column of ones.
-        y: of the shape (rows,), or (rows, targets): one fit each, with a first axis for them.
+        y: of the shape (rows,), or (rows, targets): one fit each, of which the targets are the
+            last axis of every field.
         loss: an elementwise function of the residual; other parameters than `delta` with
             `functools.partial`. If it has no free `delta`, it is taken as it is.
         tuning: `delta` in units of the scale; None takes 95 % efficiency at the normal.
         scale: what is estimated along with the coefficients, of residuals about 0: a name in
             `robustloss.scale` ("proposal2" with k = 1.345 and degrees of freedom as in R), a
-            function such as those, or a number that is the scale. "mm" has its own.
+            function such as those, or a number that is the scale. None takes the method's own:
+            "mad", or for "mm" the scale of its S-estimate, which no other can replace.
         method: one of the table, or None.
         start: the coefficients to start from, the intercept first if there is one; None takes
             least squares. Only for "irls".
@@ -100,7 +112,10 @@ the rows cannot carry off, then the M-estimate next to it, at its scale |
         key: a `jax.random.key` for the subsets of "mm"; None takes always the same.
 
     Returns:
-        A `LinearFit`. Not converged, or NaN, where the data hold a NaN or infinity.
+        A `LinearFit`. `converged` says that the equations of the coefficients and of the scale
+        hold to rounding at what is returned. It is False, and every number NaN, where the data
+        hold a NaN or an infinity that is not dropped, where no row has a weight, or where a
+        traced weight is negative.
 
     Raises:
         ValueError: shapes that do not fit, fewer rows than coefficients, a method that is not
@@ -118,13 +133,13 @@ the rows cannot carry off, then the M-estimate next to it, at its scale |
     >>> found.flagged().nonzero()[0]
     Array([3], dtype=int32)
     """
-    check_loss(loss)
     X, y = _data(X, y)
+    checked_loss(loss)
     n, k = X.shape[0], X.shape[1] + bool(intercept)
     if not 0 < k <= n:
         raise ValueError(f"{k} coefficients need at least one and as many rows, got {n}")
     keep = None if where is None else mask(where, (n,))
-    w = None if weights is None else nonnegative(weights, (n,), where).astype(y.dtype)
+    w = None if weights is None else _shares(nonnegative(weights, (n,), where)).astype(y.dtype)
     method = checked_method(loss, method)
     b = None if start is None else real_array("start", start).astype(y.dtype)
     if b is not None and (b.shape != (k,) or method != "irls"):
@@ -137,111 +152,153 @@ the rows cannot carry off, then the M-estimate next to it, at its scale |
         raise ValueError("tuning sets delta, but this loss has no free delta")
     if tuning is None:
         tuning = tuned(loss) if free else 1.0
-    if method == "mm" and not (isinstance(scale, str) and scale == "mad"):
+    if method == "mm" and scale is not None:
         raise ValueError(f'method="mm" estimates its own scale, got scale={scale!r}')
-    estimated, number = residual_scale(scale, w is not None)
+    estimated, number = residual_scale("mad" if scale is None else scale, w is not None)
     # One minimum is found from anywhere, several only from where one starts.
     anywhere = b is None and method == "irls" and redescends(loss) is False
     return _fit_linear(
         method, free, bool(intercept), anywhere, with_leaves(loss),
         s_loss(loss) if method == "mm" else None,
         estimated,
-        X, y, positive("tuning", tuning).astype(y.dtype),
-        positive("scale", number).astype(y.dtype),
-        between("q", level(loss) if method == "interior_point" else 0.5, 0, 1).astype(y.dtype),
-        b, keep, w, jax.random.key(0) if key is None else key,
+        X, y, one_number("tuning", positive("tuning", tuning)).astype(y.dtype),
+        one_number("scale", positive("scale", number)).astype(y.dtype),
+        (level(loss) if method == "interior_point" else jnp.asarray(0.5)).astype(y.dtype),
+        b, keep, w, checked_key(key),
     )  # fmt: skip
 
 
 @partial(jax.jit, static_argnums=range(4))
 def _fit_linear(
     method: str, free: bool, intercept: bool, anywhere: bool, loss: Partial, chi: Partial | None,
-    of_residuals: Partial | None, X: Array, y: Array, tuning: Array, given: Array, level: Array,
+    scale_function: Partial | None, X: Array, y: Array, tuning: Array, given: Array, level: Array,
     start: Array | None, keep: Array | None, w: Array | None, key: Array,
 ) -> LinearFit:  # fmt: skip
-    def at(s: Array) -> Loss:
+    def loss_at_scale(s: Array) -> Loss:
         return partial(loss, delta=tuning * s) if free else loss
 
     def one(y: Array) -> LinearFit:
-        of = problem(X, y, keep, w, intercept)
-        floor = 16 * jnp.finfo(y.dtype).eps * of.size
+        of = problem(X, y, keep, w, intercept, in_units=free)
+        # What rounding leaves of a scale that is 0.
+        floor = jnp.finfo(y.dtype).eps ** _SCALE_FLOOR * of.size
         floor = jnp.where(floor > 0, floor, jnp.finfo(y.dtype).tiny ** 0.5)
 
-        def spread(of: Problem, r: Array, s: Array, far: Array) -> Array:
-            if of_residuals is None:
-                return given
-            return jnp.maximum(scale_of(of_residuals, r, of, s, far), floor)
+        def estimate_scale(of: Problem, r: Array, s: Array, far: Array) -> Array:
+            if scale_function is None:
+                return given / of.unit
+            found = scale_of(scale_function, r, of, s, far)
+            return jnp.where(found >= 0, jnp.maximum(found, floor), jnp.nan)
 
         if method == "interior_point":
             vertex = quantile_fit(of, level)
-            s = spread(of, vertex.residuals, of.size, of.size)
+            s = estimate_scale(of, vertex.residuals, of.size, of.size)
             found = Estimate(vertex.b, s, vertex.residuals, vertex.converged, vertex.steps)
-            covariance = inference.powell(of, level, vertex.residuals)
-            return _result(of, at, found, floor, covariance, vertex.unique)
-        if chi is not None:
-            found, covariance = _mm(of, at, chi, floor, key)
+            covariance, unique = inference.powell(of, level, vertex.residuals), vertex.unique
+        elif chi is not None:
+            found, covariance = _mm(of, loss_at_scale, chi, floor, key)
+            unique = jnp.asarray(True)
         else:
             b = None if start is None else from_coefficients(of, start)
-            found = _m(of, at, spread, b, anywhere, joint=free and of_residuals is not None)
-            covariance = inference.huber_h1(of, at, found)
-        return _result(of, at, found, floor, covariance, jnp.asarray(True))
+            joint = free and scale_function is not None
+            found = _m(of, loss_at_scale, estimate_scale, b, anywhere, joint)
+            covariance = inference.huber_h1(of, loss_at_scale, found)
+            unique = jnp.asarray(True)
+        # Where the scale is given, none was found to be 0.
+        exact = (found.scale <= floor) & (chi is not None or scale_function is not None)
+        if method != "interior_point" and free:
+            found = lax.cond(exact, partial(met_exactly, of), lambda found: found, found)
+        scaled = free or method == "mm"
+        return _result(of, loss_at_scale, found, exact, floor, covariance, unique, scaled)
 
     with jax.default_matmul_precision("highest"):
-        return one(y) if y.ndim == 1 else jax.vmap(one, 1)(y)
+        if y.ndim == 1:
+            return one(y)
+        return replace(jax.vmap(one, 1, -1)(y), several=True)
 
 
 def _m(
-    of: Problem, at: At, spread: Spread, start: Array | None, anywhere: bool, joint: bool
+    of: Problem,
+    loss: LossAtScale,
+    estimate_scale: EstimateScale,
+    start: Array | None,
+    anywhere: bool,
+    joint: bool,
 ) -> Estimate:
     """The M-estimate, from least squares unless told."""
-    some = thinned(of) if anywhere else None
-    if some is not None:
-        near = m_estimate(some, at, spread, least_squares(some), joint=joint)
-        return m_estimate(of, at, spread, near.b, near.scale, joint=joint)
-    return m_estimate(of, at, spread, least_squares(of) if start is None else start, joint=joint)
+    sample = subsample(of) if anywhere else None
+    if sample is not None:
+        near = m_estimate(sample, loss, estimate_scale, least_squares(sample), joint=joint)
+        return m_estimate(of, loss, estimate_scale, near.b, near.scale, joint=joint)
+    start = least_squares(of) if start is None else start
+    return m_estimate(of, loss, estimate_scale, start, joint=joint)
 
 
-def _mm(of: Problem, at: At, chi: Partial, floor: Array, key: Array) -> tuple[Estimate, Array]:
+def _mm(
+    of: Problem, loss: LossAtScale, chi: Partial, floor: Array, key: Array
+) -> tuple[Estimate, inference.Covariance]:
     """The M-estimate at the scale of the S-estimate, which it starts from."""
     _, n = inference.counts(of)
     share = jnp.maximum(0.5 * (1 - of.rank / n), 0.5 / n)
     initial = s_estimate(of, chi, share, floor, key)
     s = initial.scale
-    found = m_estimate(of, at, lambda of, r, s, far: s, initial.b, s)
+    found = m_estimate(of, loss, lambda of, r, s, far: s, initial.b, s)
     # A scale of 0 leaves nothing to improve.
     exact = s <= floor
     found = jax.tree.map(lambda x, y: jnp.where(exact, y, x), found, initial)
     found = found._replace(
         converged=found.converged & initial.converged, steps=found.steps + initial.steps
     )
-
-    def of_s(s: Array) -> Loss:
-        return lambda r: s * (s * chi(r / s))
-
-    return found, inference.after_s(of, at, of_s, 0.5, found, initial)
+    return found, inference.after_s(of, loss, chi, 0.5, found, initial)
 
 
 def _result(
-    of: Problem, at: At, found: Estimate, floor: Array, covariance: Array, unique: Array
+    of: Problem,
+    loss: LossAtScale,
+    found: Estimate,
+    exact: Array,
+    floor: Array,
+    covariance: inference.Covariance,
+    unique: Array,
+    scaled: bool,
 ) -> LinearFit:
-    raw = coefficients(of, found.b)
-    exact = found.scale <= floor
+    """In the user's units; NaN where nothing could be fitted, by a NaN in the data too."""
+    kept = jnp.ones(of.y.shape, bool) if of.keep is None else of.keep
+    sound = jnp.all(jnp.isfinite(found.residuals) | ~kept) & jnp.isfinite(found.scale)
+    sound &= jnp.any(of.each() > 0)
+    sound &= jnp.all(jnp.isfinite(of.each()) & (of.each() >= 0))
+    sound &= jnp.all(jnp.isfinite(found.b))
+    nan = jnp.where(sound, 0, jnp.nan).astype(of.y.dtype)
+
     # What rounding left of 0 is nobody's outlier.
-    residuals = jnp.where(exact & (jnp.abs(found.residuals) <= floor), 0, -found.residuals)
-    each = weight(at(found.scale), -residuals)
-    if of.keep is not None:
-        residuals, each = jnp.where(of.keep, residuals, jnp.nan), jnp.where(of.keep, each, 0)
+    met = jnp.abs(found.residuals) <= jnp.where(exact, floor, 0)
+    residuals = jnp.where(met, 0, found.residuals)
+    weights = weight(loss(found.scale), residuals)
+    residuals = jnp.where(kept, -of.unit * residuals + nan, jnp.nan)
+    # A scale of 0 is no measure of the errors, unless there are none.
+    perfect = jnp.all(met | ~kept)
+    lost = jnp.where(exact & scaled & ~perfect, jnp.nan, 0)
+    matrix, errors = (jnp.where(exact & perfect, 0 * x, x) + nan + lost for x in covariance)
+    told = of.told
+    matrix = jnp.where(told[:, None] & told, matrix, jnp.nan)
+    raw = coefficients(of, found.b) + nan
     return LinearFit(
         raw[1:] if of.intercept else raw,
         raw[0] if of.intercept else jnp.zeros_like(raw, shape=()),
-        jnp.where(exact, 0, found.scale),
-        each,
+        jnp.where(exact, 0, of.unit * found.scale) + nan,
+        jnp.where(kept, weights + nan, 0),
         residuals,
-        jnp.where(exact & ~jnp.isnan(covariance), 0, covariance),
-        found.converged,
+        matrix,
+        found.converged & sound,
         found.steps,
-        unique & jnp.all(of.told),
+        unique & jnp.all(told),
+        errors,
     )
+
+
+def _shares(weights: Array) -> Array:
+    """Weights of which the largest is 1, since only their ratios count."""
+    largest = jnp.max(weights, initial=0)
+    return weights / jnp.where(largest > 0, largest, 1)
 
 
 def _data(X: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:

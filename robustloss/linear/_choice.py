@@ -16,17 +16,39 @@ from jax.typing import ArrayLike
 
 from robustloss import scale as scales
 from robustloss.linear._problem import Problem
-from robustloss.losses._elementwise import with_leaves
+from robustloss.losses._elementwise import check_loss, constrained, with_leaves
 from robustloss.losses.asymmetric import quantile
 from robustloss.losses.convex import absolute_error
 from robustloss.losses.redescending import tukey
-from robustloss.tuning import tune
+from robustloss.tuning import enable_x64, tune
 from robustloss.views import influence, weight
 
 Loss = Callable[..., Array]
 Scale = Callable[..., Array]
 
 METHODS = ("irls", "interior_point", "mm")
+
+
+def checked_loss(loss: Loss) -> None:
+    """Refuses what is no elementwise loss of a residual, or leaves a scale of its own open."""
+    check_loss(loss)
+    for name, parameter in _parameters(loss).items():
+        if name == "scale" and not takes(loss, "delta"):
+            raise ValueError(
+                f"{_name(loss)} has a scale of its own, which fit_linear does not estimate: fix it, "
+                f"functools.partial({_name(loss)}, scale=...), or take a loss that has a delta"
+            )
+        required = parameter.default is parameter.empty and parameter.kind in _NAMED
+        if required and name not in ("delta", next(iter(_parameters(loss)))):
+            raise ValueError(
+                f"{_name(loss)} needs its {name}: functools.partial({_name(loss)}, {name}=...)"
+            )
+    residuals = jax.ShapeDtypeStruct((2,), jnp.float32)
+    shape = jax.eval_shape(_at_unit_delta(loss), residuals).shape
+    if shape != (2,):
+        raise ValueError(
+            f"a loss must keep the residual's shape, got shape {shape} for residuals of shape (2,)"
+        )
 
 
 def checked_method(loss: Loss, method: str | None) -> str:
@@ -45,55 +67,100 @@ def checked_method(loss: Loss, method: str | None) -> str:
             'method="irls" cannot use a loss with a kink at 0, where its weight is infinite; '
             'absolute_error and quantile have method="interior_point"'
         )
+    if method == "irls" and _weight_at_0(loss) == 0:
+        raise ValueError(
+            f'method="irls" cannot use {_name(loss)}, whose influence is 0 around 0: '
+            "rows next to the fit would have no weight in it; rl.fit minimises any loss"
+        )
     return method
+
+
+_NAMED = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def _base(loss: Loss) -> Loss:
     return loss.func if isinstance(loss, partial) else loss
 
 
+def _name(loss: Loss) -> str:
+    base = _base(loss)
+    return getattr(base, "__name__", type(base).__name__)
+
+
+def _parameters(loss: Loss) -> dict[str, inspect.Parameter]:
+    """The parameters that are not fixed yet; none for a function that does not show them."""
+    try:
+        parameters = inspect.signature(loss).parameters
+    except ValueError:
+        return {}
+    fixed = loss.keywords if isinstance(loss, partial) else {}
+    return {name: parameter for name, parameter in parameters.items() if name not in fixed}
+
+
 def takes(loss: Loss, name: str) -> bool:
     """Whether a function has a parameter that is not fixed yet."""
-    if isinstance(loss, partial) and name in loss.keywords:
-        return False
-    return name in inspect.signature(loss).parameters
+    return name in _parameters(loss)
+
+
+def _at_unit_delta(loss: Loss) -> Loss:
+    return partial(loss, delta=1.0) if takes(loss, "delta") else loss
 
 
 def redescends(loss: Loss) -> bool | None:
-    """Whether a residual of a million counts less than one of 1; None where traced."""
-    with jax.ensure_compile_time_eval():
+    """Whether the influence returns to zero, whatever the units of delta; None where traced."""
+    residuals = 2.0 ** np.arange(-100, 101)
+    with jax.ensure_compile_time_eval(), enable_x64():
+        both = jnp.asarray(np.concatenate([residuals, -residuals]))
         try:
-            near, far = np.abs(np.asarray(influence(loss, jnp.asarray([0.5, 1e6]))))
+            pulls = np.abs(np.asarray(influence(_at_unit_delta(loss), both)))
         except jax.errors.TracerArrayConversionError:
             return None
-    return bool(far < 0.01 * near)
+    pulls = np.max(pulls.reshape(2, -1), axis=0)
+    return bool(pulls[-1] < 0.01 * np.nanmax(pulls))
 
 
 def _weight_at_0(loss: Loss) -> float:
     with jax.ensure_compile_time_eval():
         try:
-            return float(weight(loss, jnp.asarray(0.0)))
+            return float(weight(_at_unit_delta(loss), jnp.asarray(0.0)))
         except jax.errors.ConcretizationTypeError:
             return 1.0
 
 
-def level(loss: Loss) -> ArrayLike:
-    """The quantile that a loss with a kink seeks."""
+def level(loss: Loss) -> Array:
+    """The quantile that a loss with a kink seeks, inside (0, 1)."""
     if _base(loss) is absolute_error:
-        return 0.5
+        return jnp.asarray(0.5)
     if _base(loss) is not quantile:
         raise ValueError('method="interior_point" is for absolute_error and quantile')
     fixed = loss.keywords if isinstance(loss, partial) else {}
     if "q" not in fixed:
         raise ValueError("quantile needs its q: functools.partial(rl.quantile, q=0.9)")
-    return fixed["q"]
+    law = "must be inside (0, 1), at whose ends there is no fit"
+    return one_number("q", constrained("q", law, lambda q: (q > 0) & (q < 1), fixed["q"]))
+
+
+def one_number(name: str, x: Array) -> Array:
+    if x.shape != ():
+        raise ValueError(f"{name} must be one number, got shape {x.shape}")
+    return x
+
+
+def checked_key(key: Any) -> Array:
+    """The key, or always the same where it is None."""
+    if key is None:
+        return jax.random.key(0)
+    dtype = getattr(key, "dtype", None)
+    if dtype is None or not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jnp.uint32):
+        raise TypeError(f"key must be a jax.random.key, got {key!r}")
+    return key
 
 
 def s_loss(loss: Loss) -> Partial:
     """The loss of the S-estimate: the same if it has a bound, else Tukey's."""
     if takes(loss, "delta"):
         with jax.ensure_compile_time_eval():
-            bound = loss(jnp.asarray(jnp.inf))
+            bound = _at_unit_delta(loss)(jnp.asarray(jnp.inf))
         if not isinstance(bound, jax.core.Tracer) and np.isfinite(bound):
             return with_leaves(partial(loss, delta=tuned(loss, breakdown=0.5)))
     if redescends(loss) is False:
@@ -145,4 +212,10 @@ def scale_of(scale: Partial, r: Array, of: Problem, s: Array, far: Array) -> Arr
     """
     known: dict[str, Any] = {"center": 0.0, "where": of.keep, "weights": of.w, "ddof": of.rank}
     known["guess"] = s, far
-    return scale(r, **{name: x for name, x in known.items() if takes(scale.func, name)})
+    found = scale(r, **{name: x for name, x in known.items() if takes(scale.func, name)})
+    if jnp.shape(found) != ():
+        raise ValueError(
+            f"the scale {_name(scale.func)} must give one number for residuals of shape {r.shape}, "
+            f"got shape {jnp.shape(found)}"
+        )
+    return jnp.asarray(found, r.dtype)

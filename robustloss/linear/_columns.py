@@ -57,10 +57,7 @@ def axes(normal: Array) -> tuple[Array, Array, Array]:
     """
     k = len(normal)
     eps = float(jnp.finfo(normal.dtype).eps)
-    factor = lax.linalg.cholesky(normal)
-    eye = jnp.eye(k, dtype=normal.dtype)
-    inverse = lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
-    plain = jnp.sum(inverse * inverse) < eps**-0.5  # the trace of the inverse; else, or NaN, not
+    inverse, plain = _triangular_inverse(normal)
 
     def by_eigenvalues(state: Any) -> Any:
         values, vectors = jnp.linalg.eigh(state[1])
@@ -74,3 +71,44 @@ def axes(normal: Array) -> tuple[Array, Array, Array]:
     begin = plain, normal, inverse.T, jnp.int32(k)
     _, free, basis, rank = lax.while_loop(lambda state: ~state[0], by_eigenvalues, begin)
     return basis, jnp.where(plain, 0, free), rank
+
+
+def factorised(
+    normal: Array, z: Array, root: Array, noise: Array
+) -> tuple[Array, Array, Array, Array]:
+    """The same as `axes`, and the rows z in this basis, for a normal matrix `z' diag(root**2) z`.
+
+    Where the columns nearly depend on each other, the normal matrix has lost half of the digits:
+    the rows themselves are then decomposed into singular values. A direction counts as 0 where it
+    is no longer than the rounding of the data, which is `noise` in each column.
+    """
+    k = len(normal)
+    eps = float(jnp.finfo(normal.dtype).eps)
+    inverse, plain = _triangular_inverse(normal)
+
+    def by_singular_values(state: Any) -> Any:
+        _, z, root, *_ = state
+        table = jnp.nan_to_num(root * z, posinf=0, neginf=0)
+        left, values, right = jnp.linalg.svd(table, full_matrices=False)
+        vectors = right.T
+        rounding = jnp.sqrt((noise * noise) @ (vectors * vectors))
+        known = values > 8 * k * jnp.maximum(rounding, eps * jnp.max(values))
+        scale = jnp.where(known, 1 / jnp.where(known, values, 1), 0)
+        basis, free = vectors * scale, jnp.where(known, 0, vectors)
+        # A row far out has a small root: its entries are left / root.
+        q = jnp.where(root > 0, jnp.where(known, left, 0) / jnp.where(root > 0, root, 1), z @ basis)
+        return jnp.asarray(True), z, root, free, basis, jnp.sum(known, dtype=jnp.int32), q
+
+    begin = plain, z, root, jnp.zeros_like(inverse), inverse.T, jnp.int32(k), z @ inverse.T
+    _, _, _, free, basis, rank, q = lax.while_loop(lambda at: ~at[0], by_singular_values, begin)
+    return basis, free, rank, q
+
+
+def _triangular_inverse(normal: Array) -> tuple[Array, Array]:
+    """The inverse of Cholesky's factor, and whether the columns are far from dependent."""
+    eps = float(jnp.finfo(normal.dtype).eps)
+    factor = lax.linalg.cholesky(normal)
+    eye = jnp.eye(len(normal), dtype=normal.dtype)
+    inverse = lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
+    plain = jnp.sum(inverse * inverse) < eps**-0.5  # the trace of the inverse; else, or NaN, not
+    return jnp.where(plain, inverse, eye), plain

@@ -14,10 +14,12 @@ from typing import Any, NamedTuple, overload
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.scipy.linalg import cho_factor, cho_solve
+from jax.scipy.linalg import cho_solve
 
 from robustloss._sums import joint_sums
-from robustloss.linear._columns import axes, largest, mean_size, middles_and_spreads
+from robustloss.losses._elementwise import frexp
+from robustloss.losses._extended import ldexp
+from robustloss.linear._columns import axes, factorised, largest, mean_size, middles_and_spreads
 
 _SAMPLE = 1024  # rows, enough to center and to scale a column by
 _BLOCK = 16384  # rows, few enough for a cache
@@ -29,11 +31,13 @@ class Problem(NamedTuple):
     X: Array
     """(n, p), as given"""
     y: Array
-    """(n,), less a constant if there is an intercept; 0 where dropped"""
+    """(n,), less a constant if there is an intercept, in units of `unit`; 0 where dropped"""
     w: Array | None
-    """(n,) weights, or None"""
+    """(n,) weights, the largest 1, or None"""
     keep: Array | None
     """(n,) booleans, or None"""
+    q: Array | None
+    """(n, k) the rows, where they are few enough to be kept; None where they are made in blocks"""
     center: Array
     spread: Array
     """(p,) of the columns, robust"""
@@ -41,9 +45,11 @@ class Problem(NamedTuple):
     constants: Array
     """(p, k) and (k,)"""
     middle: Array
-    """what was taken from y"""
+    """what was taken from y, in its own units"""
+    unit: Array
+    """of y: 1, or a power of 2 where squares of y would leave the range of its type"""
     size: Array
-    """of y, robust: what rounding is relative to"""
+    """of y in this unit, robust: what rounding is relative to"""
     rank: Array
     told: Array
     """(k,) which coefficients the data tell from the others"""
@@ -58,9 +64,24 @@ class Problem(NamedTuple):
         """Which rows have a weight; None for all, which XLA should not find out by counting."""
         return None if self.w is None and self.keep is None else self.each() > 0
 
+    def typical_size(self, b: Array) -> Array:
+        """Of the terms that a typical prediction is the sum of."""
+        return self.spread @ (jnp.abs(self.slopes) @ jnp.abs(b)) + jnp.abs(self.constants @ b)
 
-def problem(X: Array, y: Array, keep: Array | None, w: Array | None, intercept: bool) -> Problem:
-    """X is (n, p) and y is (n,), both floating and at least float32."""
+
+def problem(
+    X: Array,
+    y: Array,
+    keep: Array | None,
+    w: Array | None,
+    intercept: bool,
+    *,
+    in_units: bool = True,
+) -> Problem:
+    """X is (n, p) and y is (n,), both floating and at least float32.
+
+    `in_units`: y may be divided by a power of 2, for a loss whose delta is in units of y.
+    """
     n, p = X.shape
     y = y if keep is None else jnp.where(keep, y, 0)
     some = spaced(keep, n, _SAMPLE)
@@ -73,35 +94,63 @@ def problem(X: Array, y: Array, keep: Array | None, w: Array | None, intercept: 
     center, middle, spread, size = middles[:p], middles[p], spreads[:p], spreads[p]
     spread = jnp.where(spread > 0, spread, largest(X, center, keep, spread))
     size = jnp.where(size > 0, size, mean_size(table[:, p] - middle, kept))
-    if intercept:
-        y = y - middle if keep is None else jnp.where(keep, y - middle, 0)
+    unit = _unit(size) if in_units else jnp.ones_like(size)
+    size, y = size / unit, y * (1 / unit)
+    y = y - middle / unit if intercept else y
+    y = y if keep is None else jnp.where(keep, y, 0)
 
-    unit = jnp.diag(1 / spread)
+    per_column = jnp.diag(1 / spread)
     k = p + intercept
     if intercept:
-        unit = jnp.concatenate([jnp.zeros((p, 1), unit.dtype), unit], axis=1)
+        per_column = jnp.concatenate([jnp.zeros((p, 1), X.dtype), per_column], axis=1)
     first = jnp.zeros(k, X.dtype).at[0].set(1.0) if intercept else jnp.zeros(k, X.dtype)
     raw = Problem(
-        X, y, w, keep, center, spread, unit, first, middle, size, jnp.int32(k),
+        X, y, w, keep, None, center, spread, per_column, first, middle, unit, size, jnp.int32(k),
         jnp.ones(k, bool), intercept,
     )  # fmt: skip
 
+    def bounded(z: Array, each: Array) -> Array:
+        return (each > 0) / (1 + jnp.sum(z * z, axis=1) / k)
+
     def terms(z: Array, each: Array) -> tuple[Array, Array]:
-        each = (each > 0) / (1 + jnp.sum(z * z, axis=1) / k)
+        each = bounded(z, each)
         return gram(z, each), jnp.sum(each)
 
+    # All rows at once can be factorised where their gram has too few digits.
+    z = rows(raw) if n < _BLOCK else None
     normal, total = sums(raw, terms)
     diagonal = jnp.sqrt(jnp.maximum(jnp.diagonal(normal), 0))
     diagonal = jnp.where(diagonal > 0, diagonal, 1)
-    basis, free, rank = axes(normal / (diagonal[:, None] * diagonal))
-    basis = basis * (jnp.sqrt(total) / diagonal[:, None])
+    scaled = normal / (diagonal[:, None] * diagonal)
+    root = jnp.sqrt(total)
+    if z is None:
+        basis, free, rank = axes(scaled)
+        q = None
+    else:
+        each = bounded(z, raw.each())
+        noise = jnp.ones_like(first)
+        noise = noise.at[intercept:].add(jnp.abs(center) / spread) * jnp.finfo(X.dtype).eps
+        root_each = jnp.sqrt(each)[:, None]
+        basis, free, rank, q = factorised(scaled, z / diagonal, root_each, noise)
+        q = q * root
+    basis = basis * (root / diagonal[:, None])
     free = free / diagonal[:, None]
     return raw._replace(
-        slopes=unit @ basis,
+        q=q,
+        slopes=per_column @ basis,
         constants=first @ basis,
         rank=rank,
         told=_told(raw, free),
     )
+
+
+def _unit(size: Array) -> Array:
+    """A power of 2 next to the size of y, and 1 where its squares are far from over- and underflow."""
+    info = jnp.finfo(size.dtype)
+    ordinary = (size > 2.0 ** (info.minexp // 3)) & (size < 2.0 ** (info.maxexp // 3))
+    _, exponent = frexp(lax.stop_gradient(size))
+    exponent = jnp.clip(exponent, info.minexp // 2 - info.maxexp // 3, info.maxexp - 2)
+    return jnp.where(ordinary | ~(size > 0), 1, ldexp(jnp.ones_like(size), exponent))
 
 
 def _told(raw: Problem, free: Array) -> Array:
@@ -119,6 +168,8 @@ def _told(raw: Problem, free: Array) -> Array:
 
 def rows(of: Problem) -> Array:
     """All q, 0 where dropped: for as many rows as may be copied."""
+    if of.q is not None:
+        return of.q
     q = (of.X - of.center) @ of.slopes + of.constants
     return q if of.keep is None else jnp.where(of.keep[:, None], q, 0)
 
@@ -152,7 +203,9 @@ def part(of: Problem, which: slice | Array) -> Problem:
     if not isinstance(which, slice):
         inside = which < len(of.y)
         keep = inside if keep is None else keep & inside
-    return of._replace(X=of.X[which], y=of.y[which], w=these(of.w), keep=keep)
+    return of._replace(
+        X=of.X[which], y=of.y[which], w=these(of.w), keep=keep, q=these(of.q)
+    )
 
 
 def predictions(of: Problem, b: Array) -> Array:
@@ -235,11 +288,21 @@ def crossed(q: Array, columns: Array) -> Array:
 
 
 def solve(gram: Array, right: Array) -> Array:
-    """`gram b = right` for a gram that is positive definite but for columns of 0."""
+    """`gram b = right` for a gram that is positive definite but for columns of 0.
+
+    The gram is scaled to a diagonal of ones first: a direction that only one row far out tells,
+    or only the rows near the middle, keeps its digits.
+    """
     k = len(gram)
-    largest = jnp.max(jnp.diagonal(gram))
-    ridge = k * jnp.finfo(gram.dtype).eps * jnp.where(largest > 0, largest, 1)
-    return cho_solve(cho_factor(gram + ridge * jnp.eye(k, dtype=gram.dtype), lower=True), right)
+    diagonal = jnp.diagonal(gram)
+    empty = ~(diagonal > 0)
+    unit = jnp.where(empty, 1, lax.rsqrt(jnp.where(empty, 1, diagonal)))
+    scaled = unit[:, None] * gram * unit
+    ridge = jnp.where(empty, 1, k * jnp.finfo(gram.dtype).eps)
+    factor = lax.linalg.cholesky(scaled + jnp.diag(ridge))
+    columns = right.reshape(k, -1) * unit[:, None]
+    solution = cho_solve((factor, True), columns) * unit[:, None]
+    return solution.reshape(right.shape)
 
 
 def raw_basis(of: Problem) -> Array:
@@ -253,15 +316,17 @@ def coefficients(of: Problem, b: Array) -> Array:
     """In the units of the user, the intercept first if there is one."""
     slopes = of.slopes @ b
     if not of.intercept:
-        return slopes
-    return jnp.concatenate([(of.middle + of.constants @ b - slopes @ of.center)[None], slopes])
+        return of.unit * slopes
+    first = of.middle / of.unit + of.constants @ b - slopes @ of.center
+    return of.unit * jnp.concatenate([first[None], slopes])
 
 
 def from_coefficients(of: Problem, given: Array) -> Array:
     """The b of coefficients in the user's units."""
     basis = of.slopes * of.spread[:, None]
+    given = given / of.unit
     if not of.intercept:
         return jnp.linalg.pinv(basis) @ (given * of.spread)
     basis = jnp.concatenate([of.constants[None], basis])
-    first = given[0] - of.middle + given[1:] @ of.center
+    first = given[0] - of.middle / of.unit + given[1:] @ of.center
     return jnp.linalg.pinv(basis) @ jnp.concatenate([first[None], given[1:] * of.spread])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -14,10 +16,20 @@ from jax.typing import ArrayLike
 from robustloss.losses._elementwise import real_array
 
 
-class LinearFit(NamedTuple):
-    """What `fit_linear` found.
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "coefficients", "intercept", "scale", "weights", "residuals", "covariance", "converged",
+        "steps", "unique", "_standard_errors",
+    ],
+    meta_fields=["several"],
+)  # fmt: skip
+@dataclass(frozen=True)
+class LinearFit:
+    """What `fit_linear` found, a pytree.
 
-    A pytree: under vmap, and where y has several columns, each field has one more axis in front.
+    Where y has several columns, the targets are the last axis of every field, as they are of y.
+    Under vmap each field has one more axis in front.
     """
 
     coefficients: Array
@@ -29,33 +41,69 @@ class LinearFit(NamedTuple):
     weights: Array
     """What each row counted, `psi(r) / r`; 0 where dropped, inf where MAE meets a row exactly."""
     residuals: Array
-    """`y - predict(X)`; NaN where dropped."""
+    """`y - predict(X)`, as in statistics; NaN where dropped. A loss takes the opposite sign, which
+    is `prediction_errors`."""
     covariance: Array
     """Of the intercept, where there is one, and the coefficients, in this order. NaN for those
-    that the data cannot tell from others."""
+    that the data cannot tell from others, and where a scale of 0 tells nothing of the errors."""
     converged: Array
-    """Whether what defines the fit holds, to rounding."""
+    """Whether the equations that define the fit hold, to rounding, at what is returned."""
     steps: Array
     """How many it took."""
     unique: Array
     """False where other coefficients are known to serve as well: columns that depend on
-    others, of which the smallest solution was taken, or a MAE with a level edge."""
+    others, of which the smallest solution was taken, or an objective with a level edge."""
+    _standard_errors: Array
+    """Kept beside the covariance, whose entries are squares and can leave the range of floats."""
+    several: bool = False
+    """Whether y had several columns."""
+
+    @property
+    def prediction_errors(self) -> Array:
+        """`predict(X) - y`, the residual that a loss takes: `rl.influence(loss, prediction_errors)`
+        is the pull of each row."""
+        return -self.residuals
 
     def predict(self, X: ArrayLike) -> Array:
-        """`X @ coefficients + intercept`; a row for each target if there are several."""
-        rows = real_array("X", X)
-        if rows.ndim == 0 or rows.shape[-1] != self.coefficients.shape[-1]:
-            columns = self.coefficients.shape[-1]
-            raise ValueError(f"X must have {columns} columns, got the shape {rows.shape}")
-        return self.coefficients @ rows.T + self.intercept[..., None]
+        """`X @ coefficients + intercept`; a column for each target if there are several.
+
+        Args:
+            X: real numbers of the shape (rows, columns), or (columns,) for one row.
+
+        Returns:
+            (rows,), or (rows, targets); one axis less for one row. Of a batch of fits, each
+            predicts these rows, with the batch in front.
+
+        Raises:
+            ValueError: X has another shape.
+
+        >>> x = jnp.arange(8.0)[:, None]
+        >>> rl.fit_linear(x, 2 * x[:, 0] + 1).predict(jnp.array([[10.0], [20.0]])).round(3)
+        Array([21., 41.], dtype=float32)
+        """
+        if self._batched:
+            return jax.vmap(lambda fit: fit.predict(X))(self)
+        rows, columns = real_array("X", X), len(self.coefficients)
+        if rows.ndim not in (1, 2) or rows.shape[-1] != columns:
+            raise ValueError(
+                f"X must have {columns} columns, in the shape (rows, {columns}), "
+                f"got the shape {rows.shape}"
+            )
+        dtype = jnp.promote_types(rows.dtype, self.coefficients.dtype)
+        coefficients = self.coefficients.astype(dtype)
+        predicted = jnp.matmul(rows.astype(dtype), coefficients, precision="highest")
+        intercept = self.intercept.astype(dtype)
+        return predicted + jnp.broadcast_to(intercept, predicted.shape)
 
     def flagged(self, cutoff: float = 2.5) -> Array:
-        """The rows whose residual is larger than `cutoff` scales."""
-        return jnp.abs(self.residuals) > cutoff * self.scale[..., None]
+        """The rows whose residual is larger than `cutoff` scales, in the shape of `residuals`."""
+        axis = -2 if self.several else -1
+        scale = jnp.expand_dims(self.scale, axis)
+        return jnp.abs(self.residuals) > cutoff * jnp.broadcast_to(scale, self.residuals.shape)
 
     def standard_errors(self) -> Array:
-        """The roots of the covariance's diagonal."""
-        return jnp.sqrt(jnp.diagonal(self.covariance, axis1=-2, axis2=-1))
+        """Of the intercept, where there is one, and the coefficients, in this order."""
+        return self._standard_errors
 
     def summary(self, names: Sequence[str] | None = None) -> str:
         """A table to print: coefficients, standard errors, z, p-values, 95 % intervals.
@@ -64,18 +112,21 @@ class LinearFit(NamedTuple):
             names: of the columns of X.
 
         Raises:
-            ValueError: a batch of fits, or not one name for each column.
+            ValueError: a batch of fits, several targets, or not one name for each column.
         """
         if self.coefficients.ndim != 1:
-            raise ValueError("summary takes one fit; take one of a batch with jax.tree.map")
+            raise ValueError(
+                "summary takes one fit; of a batch, or of several targets, take one with "
+                "jax.tree.map"
+            )
         columns = len(self.coefficients)
-        names = [f"x{i + 1}" for i in range(columns)] if names is None else list(names)
-        if len(names) != columns:
-            raise ValueError(f"names must be {columns}, one for each column, got {len(names)}")
+        named = [f"x{i + 1}" for i in range(columns)] if names is None else [str(x) for x in names]
+        if len(named) != columns:
+            raise ValueError(f"names must be {columns}, one for each column, got {len(named)}")
         values = np.asarray(self.coefficients)
-        if len(self.covariance) > columns:
-            names, values = ["intercept", *names], np.append(self.intercept, values)
         errors = np.asarray(self.standard_errors())
+        if len(errors) > columns:
+            named, values = ["intercept", *named], np.append(self.intercept, values)
         with np.errstate(all="ignore"):
             z = values / errors
         p = 2 * np.asarray(ndtr(-np.abs(z)))
@@ -84,7 +135,7 @@ class LinearFit(NamedTuple):
         rows = [
             [name, *(f"{x:.4f}" for x in row[:2]), f"{row[2]:.3f}", f"{row[3]:.3f}",
              *(f"{x:.3f}" for x in row[4:])]
-            for name, *row in zip(names, values, errors, z, p, low, high, strict=True)
+            for name, *row in zip(named, values, errors, z, p, low, high, strict=True)
         ]  # fmt: skip
         widths = [max(len(row[i]) for row in [head, *rows]) + 2 for i in range(len(head))]
         lines = [
@@ -94,14 +145,33 @@ class LinearFit(NamedTuple):
             for row in [head, *rows]
         ]  # fmt: skip
         rule = "-" * len(lines[0])
-        flagged = np.flatnonzero(np.asarray(self.flagged())) + 1
-        kept = int(np.sum(~np.isnan(np.asarray(self.residuals))))
+        return "\n".join([lines[0], rule, *lines[1:], rule, *self._notes(errors)])
+
+    @property
+    def _batched(self) -> bool:
+        return self.coefficients.ndim > 1 + self.several
+
+    def _notes(self, errors: np.ndarray) -> list[str]:
+        """What is to be known about this fit, a line each."""
+        residuals, weights = np.asarray(self.residuals), np.asarray(self.weights)
+        kept = ~(np.isnan(residuals) & (weights == 0))
+        rows = "1 row" if kept.sum() == 1 else f"{kept.sum()} rows"
         end = "converged" if bool(self.converged) else "NOT CONVERGED"
         steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
-        notes = [f"{kept} rows, scale {float(self.scale):.5g}, {end} in {steps}"]
-        if not bool(self.unique):
+        notes = [f"{rows}, scale {float(self.scale):.5g}, {end} in {steps}"]
+        if not kept.any():
+            notes.append("nothing to fit: every row is dropped or has the weight 0")
+        elif np.isnan(residuals[kept]).any():
+            notes.append("nothing is fitted: the data hold a NaN or an infinity, or the fit failed")
+        elif self.scale == 0:
+            met = int(np.sum(residuals[kept] == 0))
+            notes.append(f"{met} of {rows} are fitted exactly, so the scale is 0")
+            if np.isnan(errors).all():
+                notes.append("the scale says nothing about the errors: no standard errors")
+        if not bool(self.unique) and kept.any():
             notes.append("not unique: other coefficients serve as well")
+        flagged = np.flatnonzero(np.asarray(self.flagged())) + 1
         if flagged.size:
             shown = ", ".join(map(str, flagged[:12])) + (", ..." if flagged.size > 12 else "")
             notes.append(f"rows beyond 2.5 scales: {shown}")
-        return "\n".join([lines[0], rule, *lines[1:], rule, *notes])
+        return notes

@@ -24,7 +24,7 @@ from robustloss.linear._problem import (
     sums,
 )
 from robustloss.linear._simplex import Basis, Others, simplex
-from robustloss.linear.irls import least_squares, thinned
+from robustloss.linear.irls import least_squares, subsample
 
 _ROWS = 2**15  # take part at least
 _ROUNDS = 12
@@ -127,7 +127,7 @@ def in_rounds(
     else:
         any_rows = spaced(kept, n, count)
     anyway = any_rows[::8]  # or what sets a column apart could be missing
-    start = least_squares(thinned(of) or of)
+    start = least_squares(subsample(of) or of)
     no = jnp.asarray(False)
     zero = jnp.int32(0)
     begin = State(

@@ -9,6 +9,8 @@ differ to theirs on all rows.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -29,6 +31,10 @@ _SUBSETS = 1000
 _GROUPS = 5
 _ROWS = 400  # in a group, or 20 for each coefficient
 _FINALISTS = 100  # or 5 of each group
+_FAR = 1e15  # in units of y: farther is as good as this far, and has finite squares in float32
+# Rows times coefficients for which least squares are solved without normal equations: of few rows,
+# one that lies far out may belong to most of the subsets that fit the others.
+_CAREFUL = 1024
 
 
 def s_estimate(of: Problem, loss: Loss, share: Array, floor: Array, key: Array) -> Estimate:
@@ -71,18 +77,23 @@ def s_estimate(of: Problem, loss: Loss, share: Array, floor: Array, key: Array) 
         chosen &= luck <= smallest(luck, taken)
     # Those that count come first.
     sample = part(of, first(chosen, taken))
-    uniform = jax.random.uniform(draw, (_SUBSETS * k,), jnp.float32)  # in a row: less to compile
-    uniform = uniform.reshape(groups, _SUBSETS // groups, k)
-    # In float32, which is enough to see which are best: with y in units of its own.
+    if math.comb(n, k) <= _SUBSETS:
+        subsets = jnp.asarray([list(itertools.combinations(range(n), k))], jnp.int32)
+    else:
+        # In a row: less to compile.
+        uniform = jax.random.uniform(draw, (_SUBSETS * k,), jnp.float32)
+        subsets = uniform.reshape(groups, _SUBSETS // groups, k)
+    # Of many rows float32 is enough to see which subsets are best: with y in units of its own.
     unit = jnp.where(of.size > 0, of.size, 1)
+    dtype = of.y.dtype if taken * k <= _CAREFUL else jnp.float32
     q, y, w, short = jax.tree.map(
-        lambda x: x.astype(jnp.float32),
-        (rows(sample), jnp.clip(sample.y / unit, -1e15, 1e15), sample.each(), loss),
+        lambda x: x.astype(dtype),
+        (rows(sample), jnp.clip(sample.y / unit, -_FAR, _FAR), sample.each(), loss),
     )
     dealt = (jnp.swapaxes(x.reshape(-1, groups, *x.shape[1:]), 0, 1) for x in (q, y, w))
     count = _FINALISTS if groups == 1 else 5
     best = jax.vmap(lambda *group: _screened(short, share, count, *group))
-    b, s = jax.tree.map(jnp.concatenate, best(*dealt, uniform))
+    b, s = jax.tree.map(jnp.concatenate, best(*dealt, subsets))
     starts = (b.astype(of.y.dtype) * unit, jnp.maximum(s.astype(of.y.dtype) * unit, floor))
     ends = jax.vmap(partial(minimum, sample, 100 if groups == 1 else 8))(starts)
     if groups > 1:
@@ -95,9 +106,12 @@ def s_estimate(of: Problem, loss: Loss, share: Array, floor: Array, key: Array) 
 
 
 def _screened(
-    loss: Loss, share: Array, count: int, q: Array, y: Array, w: Array, uniform: Array
+    loss: Loss, share: Array, count: int, q: Array, y: Array, w: Array, subsets: Array
 ) -> Starts:
-    """The best of many subsets, after two steps of reweighting on these rows."""
+    """The best of many subsets, after two steps of reweighting on these rows.
+
+    `subsets` are the numbers of the rows, or random numbers to draw them by.
+    """
     k = q.shape[1]
     size, w = jnp.sum(w > 0), w / jnp.sum(w)
     target = share.astype(y.dtype) * loss(jnp.full((), jnp.inf, y.dtype))
@@ -106,6 +120,12 @@ def _screened(
     squares = q[:, i] * q[:, j]
     place = np.zeros((k, k), int)
     place[i, j] = place[j, i] = np.arange(len(i))
+
+    def reweighted(pull: Array) -> Array:
+        if len(y) * k <= _CAREFUL:
+            root = jnp.sqrt(pull)
+            return jax.vmap(lambda root: _least_squares(root[:, None] * q, root * y))(root)
+        return jax.vmap(solve)((pull @ squares)[:, place], (pull * y) @ q)
 
     def nearer(s: Array, r: Array) -> Array:
         mean = loss(r / s[:, None]) @ w
@@ -116,15 +136,19 @@ def _screened(
         r = b @ q.T - y
         s = nearer(s, r)
         pull = w * weight(loss, r / s[:, None])
-        return jax.vmap(solve)((pull @ squares)[:, place], (pull * y) @ q), s
+        return reweighted(pull), s
 
-    b = jax.vmap(partial(_subset, q, y, size))(uniform)
+    if jnp.issubdtype(subsets.dtype, jnp.floating):
+        subsets = jax.vmap(partial(_drawn, k, size))(subsets)
+    b = jax.vmap(lambda subset: _least_squares(q[subset], y[subset]))(subsets)
     s = jnp.maximum(1.5 * _rough_median(jnp.abs(b @ q.T - y), w), tiny)
     b, s = lax.fori_loop(0, 2, step, (b, s))
     r = b @ q.T - y
     s = lax.fori_loop(0, 4, lambda _, s: nearer(s, r), s)
-    s = jnp.where(jnp.all(jnp.isfinite(b), axis=1) & (s > 0), s, jnp.inf)
-    _, lowest = lax.top_k(-s, count)
+    # All subsets of few rows have those that are dropped, too.
+    valid = jnp.all(jnp.isfinite(b), axis=1) & (s > 0) & jnp.all(subsets < size, axis=1)
+    s = jnp.where(valid, s, jnp.inf)
+    _, lowest = lax.top_k(-s, min(count, len(s)))
     return b[lowest], s[lowest]
 
 
@@ -137,10 +161,12 @@ def _distinct(b: Array, s: Array) -> Starts:
 
 
 def _rough_median(x: Array, w: Array) -> Array:
-    """Of each row of x >= 0, in float32, to an eighth part; the weights add up to 1.
+    """Of each row of x >= 0, to an eighth part; the weights add up to 1.
 
     The steps of an M-scale are too short to come down from outliers to where it is.
     """
+    dtype = x.dtype
+    x = x.astype(jnp.float32)
     coarse = lax.bitcast_convert_type(x, jnp.int32) >> 20  # the exponent and three bits
 
     def halve(i: Array, low: Array) -> Array:
@@ -149,19 +175,51 @@ def _rough_median(x: Array, w: Array) -> Array:
         return jnp.where(below <= 0.5, middle, low)
 
     low = lax.fori_loop(0, 11, halve, jnp.zeros(len(x), jnp.int32))
-    return lax.bitcast_convert_type(low << 20, x.dtype)
+    return lax.bitcast_convert_type(low << 20, x.dtype).astype(dtype)
 
 
-def _subset(q: Array, y: Array, size: Array, uniform: Array) -> Array:
-    """The b that fits as many of the first `size` rows as there are coefficients."""
-    k = q.shape[1]
+def _drawn(k: int, size: Array, uniform: Array) -> Array:
+    """The numbers of k of the first `size` rows, without replacement, by Floyd's method."""
 
     def draw(i: Array, rows: Array) -> Array:
-        # Floyd's, without replacement.
-        top = jnp.maximum(size - k + i, 0)
+        top = jnp.maximum(size - k + i, 0).astype(rows.dtype)
         row = jnp.minimum((uniform[i] * (top + 1)).astype(rows.dtype), top)
         return rows.at[i].set(jnp.where(jnp.any(rows == row), top, row))
 
-    rows = lax.fori_loop(0, k, draw, jnp.full(k, -1))
-    a = q[rows]
-    return solve(a.T @ a, a.T @ y[rows])
+    return lax.fori_loop(0, k, draw, jnp.full(k, -1, jnp.int32))
+
+
+def _least_squares(a: Array, y: Array) -> Array:
+    """The b of `a b = y`, by Gram and Schmidt's orthogonalisation of the columns.
+
+    The normal equations would square what rows far out in X make of the condition, for which
+    float32 has too few digits. Rows and columns are brought to unit size first.
+    """
+    k = a.shape[1]
+    lengths = jnp.sqrt(jnp.sum(a * a, axis=0))
+    empty = lengths == 0
+    lengths = jnp.where(empty, 1, lengths)
+    table = jnp.concatenate([a / lengths, y[:, None]], axis=1)
+
+    def orthogonalise(j: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        table, triangle = state
+        column = table[:, j]
+        length = jnp.sqrt(jnp.sum(column * column))
+        column = column / jnp.where(length > 0, length, 1)
+        products = jnp.where(jnp.arange(k + 1) > j, column @ table, 0)
+        products = products.at[j].set(length)
+        table = table - column[:, None] * jnp.where(jnp.arange(k + 1) > j, products, 0)
+        return table.at[:, j].set(column), triangle.at[j].set(products)
+
+    start = table, jnp.zeros((k, k + 1), a.dtype)
+    _, triangle = lax.fori_loop(0, k, orthogonalise, start)
+
+    def substitute(i: Array, b: Array) -> Array:
+        j = k - 1 - i
+        pivot = triangle[j, j]
+        known = triangle[j, :k] @ jnp.where(jnp.arange(k) > j, b, 0)
+        return b.at[j].set(
+            jnp.where(empty[j], 0, (triangle[j, k] - known) / jnp.where(empty[j], 1, pivot))
+        )
+
+    return lax.fori_loop(0, k, substitute, jnp.zeros(k, a.dtype)) / lengths

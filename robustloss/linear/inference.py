@@ -7,6 +7,8 @@ as none and only their ratios count.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -16,12 +18,23 @@ from jax.typing import ArrayLike
 
 from robustloss._sums import joint_sums
 from robustloss.linear._problem import Problem, gram, raw_basis, sums
-from robustloss.linear.irls import At, Estimate
+from robustloss.linear.irls import Estimate, LossAtScale
 from robustloss.scale import iqr
 from robustloss.views import curvature, influence
 
 
-def huber_h1(of: Problem, loss: At, found: Estimate) -> Array:
+class Covariance(NamedTuple):
+    """Of the coefficients, in the user's units: `matrix`, and the roots of its diagonal.
+
+    The roots are computed beside the matrix, whose entries are squares and can leave the range of
+    floats where the roots do not.
+    """
+
+    matrix: Array
+    standard_errors: Array
+
+
+def huber_h1(of: Problem, loss: LossAtScale, found: Estimate) -> Covariance:
     """Huber's first form, `kappa**2 (sum psi**2 / (n - p)) / mean(psi')**2 (X'X)**-1`.
 
     kappa is `1 + p var(psi') / (n mean(psi')**2)`, with the sample variance, as `MASS::rlm`.
@@ -30,9 +43,14 @@ def huber_h1(of: Problem, loss: At, found: Estimate) -> Array:
     """
     unit, n = counts(of)
     here = loss(found.scale)
+    # In units of the largest influence, whose square may be out of range.
+    psi = jnp.where(of.each() > 0, jnp.abs(influence(here, found.residuals)), 0)
+    largest = jnp.max(psi)
+    largest = jnp.where(largest > 0, largest, 1)
 
     def moments(q: Array, each: Array, r: Array) -> tuple[Array, ...]:
         psi, bend = (jnp.where(each > 0, f(here, r), 0) for f in (influence, curvature))
+        psi = psi / largest
         # The same gram as in least squares, where XLA sees both at once.
         return gram(q, each), *joint_sums(*(each * x for x in (psi * psi, bend, bend * bend)))
 
@@ -42,24 +60,29 @@ def huber_h1(of: Problem, loss: At, found: Estimate) -> Array:
     kappa = 1 + of.rank * variance / (n * mean**2)
     left = n - of.rank
     square = square / jnp.where(left > 0, left, jnp.nan)
-    return _in_units(of, (kappa / mean) ** 2 * square * _inverse(normal, definite=True))
+    return _in_units(of, square * _inverse(normal, definite=True), largest * jnp.abs(kappa / mean))
 
 
 def after_s(
-    of: Problem, loss: At, chi: At, half: ArrayLike, found: Estimate, start: Estimate
-) -> Array:
+    of: Problem,
+    loss: LossAtScale,
+    chi: Callable[[Array], Array],
+    half: ArrayLike,
+    found: Estimate,
+    start: Estimate,
+) -> Covariance:
     """The sandwich of an MM-estimate, which minds that its scale was estimated too.
 
-    `chi` is the loss of the S-estimate `start` and `half` its breakdown point. Neither
-    symmetric errors nor errors of one spread are assumed. As `robustbase::lmrob` with
-    `cov = ".vcov.avar1"`.
+    `chi` is the loss of the S-estimate `start`, of residuals in units of its scale, and `half` its
+    breakdown point. Neither symmetric errors nor errors of one spread are assumed. As
+    `robustbase::lmrob` with `cov = ".vcov.avar1"`.
 
     Source: Croux, Dhaene and Hoorelbeke (2003), Robust standard errors for robust estimators.
     """
     unit, n = counts(of)
     s = start.scale
-    here, there = loss(s), chi(s)
-    bound = there(jnp.full((), jnp.inf, s.dtype))
+    here = loss(s)
+    bound = chi(jnp.full((), jnp.inf, s.dtype))
 
     def moments(q: Array, each: Array, r: Array, initial: Array) -> tuple[Array, ...]:
         each = unit * each
@@ -67,13 +90,13 @@ def after_s(
         def of_rows(f: Array) -> Array:
             return jnp.where(each > 0, each * f, 0)
 
-        psi, bend = influence(here, r), curvature(here, r)
-        level = there(initial) / bound
-        pull = influence(there, initial) * initial / bound
+        psi, bend, initial = influence(here, r) / s, curvature(here, r), initial / s
+        level = chi(initial) / bound
+        pull = influence(chi, initial) * initial / bound
         return (
             gram(q, of_rows(bend)),
             gram(q, of_rows(psi * psi)),
-            q.T @ of_rows(bend * r),
+            q.T @ of_rows(bend * (r / s)),
             q.T @ of_rows(psi * level),
             jnp.sum(of_rows(pull)),
             jnp.sum(of_rows(level**2 - half**2)),
@@ -90,10 +113,10 @@ def after_s(
         - jnp.outer(both, by_scale) / n
         + spread * jnp.outer(by_scale, by_scale) / n**2
     )
-    return _in_units(of, covariance)
+    return _in_units(of, covariance, s)
 
 
-def powell(of: Problem, level: Array, residuals: Array) -> Array:
+def powell(of: Problem, level: Array, residuals: Array) -> Covariance:
     """Powell's kernel sandwich of a quantile regression, `q (1 - q) D**-1 (X'X) D**-1`.
 
     D weighs each row by the density of its residual at 0, taken from those about it: a normal
@@ -119,12 +142,12 @@ def powell(of: Problem, level: Array, residuals: Array) -> Array:
 
     def moments(q: Array, each: Array, r: Array) -> tuple[Array, Array]:
         each = unit * each
-        return gram(q, each), gram(q, each * _normal_density(r / wide) / wide)
+        return gram(q, each), gram(q, each * _normal_density(r / wide))
 
     normal, density = sums(of, moments, residuals)
     inverse = _inverse(density, definite=True)
     covariance = level * (1 - level) * inverse @ normal @ inverse
-    return _in_units(of, jnp.where(width > 0, covariance, 0))
+    return _in_units(of, covariance, jnp.where(width > 0, width, jnp.nan))
 
 
 def _normal_density(x: Array) -> Array:
@@ -151,7 +174,13 @@ def _inverse(a: Array, *, definite: bool = False) -> Array:
     return jnp.where(kept[:, None] & kept, inverse, 0)
 
 
-def _in_units(of: Problem, covariance: Array) -> Array:
-    """The covariance of the coefficients from that of b; NaN for those the data do not tell."""
+def _in_units(of: Problem, covariance: Array, size: Array) -> Covariance:
+    """The covariance of the coefficients, for `size**2 covariance` of b; NaN where not told."""
     basis = raw_basis(of)
-    return jnp.where(of.told[:, None] & of.told, basis @ covariance @ basis.T, jnp.nan)
+    longest = jnp.max(jnp.abs(basis), axis=1)
+    longest = jnp.where(longest > 0, longest, 1)
+    basis = basis / longest[:, None]
+    scaled = basis @ covariance @ basis.T
+    units = jnp.where(of.told, longest * (size * of.unit), jnp.nan)
+    matrix = units[:, None] * scaled * units
+    return Covariance(matrix, units * jnp.sqrt(jnp.diagonal(scaled)))

@@ -1,10 +1,13 @@
 """M-estimates: reweighted least squares until it is close, then Newton's method.
 
-Reweighting cannot raise the objective at a fixed scale, whatever the loss, but comes closer by
-a constant factor only; Newton's method squares the distance. A step of Newton's that does not
-lower the objective is taken back, and one of reweighting follows. Where the scale is estimated
-too, steps that take it as fixed come closer by a constant factor again, a poor one in a few data
-sets of a thousand; so near the end they follow it along the line on which it leads them.
+At a fixed scale a step of reweighted least squares cannot raise the objective, whatever the loss,
+but it shortens the distance to the solution by a constant factor only. Newton's method squares the
+distance. A Newton step that does not lower the objective is taken back, and a step of reweighting
+follows. Where the scale is estimated too, steps that hold it fixed converge slowly again; near the
+end Newton's steps therefore move the coefficients and the scale together.
+
+The loop ends when the equations of the coefficients, evaluated at the coefficients and the scale
+that are returned, hold to rounding. That evaluation is what `converged` reports.
 """
 
 from __future__ import annotations
@@ -17,7 +20,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from robustloss._sums import joint_sums
 from robustloss.linear._problem import (
     Problem,
     both_predictions,
@@ -31,13 +33,23 @@ from robustloss.linear._problem import (
 )
 from robustloss.views import curvature, influence, weight
 
-At = Callable[[Array], Callable[..., Array]]
+LossAtScale = Callable[[Array], Callable[..., Array]]
 """The loss at a scale."""
-Spread = Callable[[Problem, Array, Array, Array], Array]
+EstimateScale = Callable[[Problem, Array, Array, Array], Array]
 """Of residuals, the last scale, and how far off it may be: their scale, or closer to it."""
 
 MANY = 2**16  # rows, for which a part of them shows where to start
-_PART = 2**13
+_PART = 2**13  # rows of that part
+_STEPS = 500
+# Of the sum of |psi| |q|: an imbalance that sums of many rounded terms can leave.
+_BALANCE = 0.75  # a power of eps
+# Rounding of the residuals may hide at most this part of the pulls, or nothing can be verified.
+_BLUR = 0.25
+# Coefficients of rows of unit size move about as much as the scale that they follow. Much more, and
+# the matrix of curvatures is nearly singular: too few rows are near the fit to tell.
+_STIFFEST = 1e3
+_STEEPEST = 0.995  # slope of the scale in itself, up to which the solution is looked for ahead
+_SECANTS = 8
 
 
 class Estimate(NamedTuple):
@@ -60,7 +72,7 @@ def least_squares(of: Problem) -> Array:
     return solve(*sums(of, terms, of.y))
 
 
-def thinned(of: Problem) -> Problem | None:
+def subsample(of: Problem) -> Problem | None:
     """A part of the rows, if they are many: where a convex problem may start from."""
     n = len(of.y)
     if n < MANY:
@@ -69,7 +81,7 @@ def thinned(of: Problem) -> Problem | None:
 
 
 def _equations(
-    of: Problem, loss: At, r: Array, s: Array, newton: Array, joint: bool
+    of: Problem, loss: LossAtScale, r: Array, s: Array, newton: Array, joint: bool
 ) -> tuple[Array, Array]:
     """The normal matrix and, as columns, the equations of b and what the scale does to them."""
 
@@ -88,70 +100,119 @@ def _equations(
     return found[:, :k], found[:, k:]
 
 
-def _objectives(of: Problem, loss: Callable[..., Array], *residuals: Array) -> Array:
-    def of_rows(_: Array, each: Array, *residuals: Array) -> Array:
-        return jnp.sum(jnp.where(each > 0, each * loss(jnp.stack(residuals)), 0), axis=1)
+def balanced(of: Problem, loss: Callable[..., Array], b: Array, r: Array) -> Array:
+    """Whether `sum(psi(r) q) = 0` to rounding, relative to the sum of |psi| |q|.
 
-    return sums(of, of_rows, *residuals)
+    Rounding moves a residual by eps (|y| + |r| + |q b|), and psi by psi' times that: a row whose
+    influence has levelled off blurs nothing, however far away it is. Where that blur hides the
+    pulls themselves, as at a scale below the rounding of the data, nothing can be verified and
+    the answer is no, unless every row is met.
+    """
+    eps = jnp.finfo(r.dtype).eps
+    typical = of.typical_size(b)
+
+    def terms(q: Array, each: Array, r: Array, y: Array) -> tuple[Array, ...]:
+        far = jnp.maximum(1, jnp.max(jnp.abs(q), axis=1))
+        moved = eps * (jnp.abs(y) + jnp.abs(r) + typical * far)
+        pull = jnp.where(each > 0, each * influence(loss, r), 0)
+        blur = jnp.where(each > 0, each * jnp.abs(curvature(loss, r)) * moved, 0)
+        missed = (each > 0) & ~(jnp.abs(r) <= 8 * moved)
+        sizes = jnp.abs(q).T @ jnp.column_stack([jnp.abs(pull), blur])
+        return q.T @ pull, sizes[:, 0], sizes[:, 1], jnp.sum(missed.astype(r.dtype))
+
+    total, size, blur, missed = sums(of, terms, r, of.y)
+    holds = jnp.abs(total) <= eps**_BALANCE * size + blur
+    dependent = jnp.sum(jnp.abs(of.slopes), axis=0) + jnp.abs(of.constants) == 0
+    clear = (size > 0) & (blur <= _BLUR * size)
+    return jnp.all(holds) & (jnp.all(clear | dependent) | (missed == 0))
 
 
-def _followed(
-    scale: Callable[..., Array], s: Array, r: Array, v: Array, size: Array, may: Array, room: Array
+def _objective_change(
+    of: Problem, loss: Callable[..., Array], r: Array, new: Array, moved: Array
 ) -> tuple[Array, Array]:
-    """The change t of s where residuals `r - t v` have the scale s + t, by a secant; their scale.
+    """By how much the objective rises from r to `new`, and what rounding may have added.
 
-    t is 0 unless it `may` be followed and is at most `room`. `size` is what r has moved by.
+    `moved` is `new - r`, known without the rounding of either. Where it is a small part of r, the
+    change is taken from the influences, so that a row that is far away does not blur it.
+    """
+    eps = jnp.finfo(r.dtype).eps
+
+    def terms(_: Array, each: Array, r: Array, new: Array, moved: Array) -> tuple[Array, Array]:
+        both = jnp.stack([r, new])
+        pulls, losses = influence(loss, both), loss(both)
+        near = jnp.abs(moved) <= 2.0**-8 * jnp.abs(r)
+        change = jnp.where(near, 0.5 * moved * (pulls[0] + pulls[1]), losses[1] - losses[0])
+        size = jnp.where(
+            near, jnp.abs(moved) * jnp.max(jnp.abs(pulls), axis=0), losses[0] + losses[1]
+        )
+        return tuple(jnp.sum(jnp.where(each > 0, each * x, 0)) for x in (change, size))
+
+    change, size = sums(of, terms, r, new, moved)
+    return change, 16 * eps * size
+
+
+def _follow_scale(
+    scale: Callable[..., Array], s: Array, r: Array, v: Array, size: Array, may: Array
+) -> tuple[Array, Array]:
+    """The change t of s at which residuals `r - t v` have the scale s + t, by secants; their scale.
+
+    t is 0 unless it `may` be followed. `size` is how far r has moved.
     """
 
+    class Search(NamedTuple):
+        steps: Array
+        t: Array  # where the scale is evaluated next
+        best: Array
+        excess: Array  # of the scale over s + t, at the best t
+        first: Array  # the excess at t = 0
+        there: Array  # the scale at the best t
+        slope: Array
+        far: Array
+
     # One loop, of which the scale is a part once: it is most of what there is to compile.
-    def step(at: tuple[Array, ...]) -> tuple[Array, ...]:
-        i, t, off, _, far = at
-        there = scale(jnp.where(t == 0, r, r - t * v), s + t, far)
-        off = jnp.where(i == 0, there - s, off)
-        slope = (there - s - off) / jnp.where(off == 0, 1, off)
-        # Where s is hard to follow, as a median is from row to row, at most five times as far.
-        ahead = off / (1 - jnp.clip(slope, -2, 0.8))
-        aim = jnp.where(i == 0, off, jnp.where(jnp.abs(ahead) <= room, ahead, 0))
-        aim = jnp.where(may & (i < 2), aim, t)
-        return i + 1, aim, off, there, jnp.abs(aim - t)
+    def step(at: Search) -> Search:
+        there = scale(jnp.where(at.t == 0, r, r - at.t * v), s + at.t, at.far)
+        excess = there - (s + at.t)
+        start = at.steps == 0
+        apart = jnp.where(start, 1, at.t - at.best)
+        slope = jnp.where(start, 0, 1 + (excess - at.excess) / jnp.where(apart == 0, 1, apart))
+        better = start | (jnp.abs(excess) < jnp.abs(at.excess))
+        best, least = jnp.where(better, at.t, at.best), jnp.where(better, excess, at.excess)
+        ahead = best + least / (1 - jnp.clip(slope, -2, _STEEPEST))
+        ahead = jnp.clip(ahead, -0.9 * s, 2 * s)
+        return Search(
+            at.steps + 1, ahead, best, least, jnp.where(start, excess, at.first),
+            jnp.where(better, there, at.there), slope, jnp.abs(ahead - best),
+        )  # fmt: skip
+
+    def goes_on(at: Search) -> Array:
+        unsolved = jnp.abs(at.excess) > 0.1 * jnp.abs(at.first)
+        return (at.steps == 0) | (may & ((at.steps < 3) | (unsolved & (at.steps < _SECANTS))))
 
     zero = jnp.zeros_like(s)
-    begin: tuple[Array, ...] = jnp.int32(0), zero, zero, s, size
-    _, t, _, there, _ = lax.while_loop(lambda at: (at[0] == 0) | (may & (at[0] < 3)), step, begin)
-    return t, there
-
-
-def _bend(loss: At, each: Array, r: Array, s: Array, last_r: Array, last_s: Array) -> Array:
-    """How far the influences are from what a step of Newton's took them to become, on average."""
-    here = loss(last_s)
-    pull, curve = influence(here, last_r), curvature(here, last_r)
-    expected = pull + curve * (r - last_r) + (pull - curve * last_r) / last_s * (s - last_s)
-    off = jnp.abs(influence(loss(s), r) - expected)
-    total, curves = joint_sums(*(jnp.where(each > 0, each * x, 0) for x in (off, curve)))
-    return total / jnp.abs(curves)
+    begin = Search(jnp.int32(0), zero, zero, zero, zero, s, zero, size)
+    end = lax.while_loop(goes_on, step, begin)
+    return end.best, end.there
 
 
 def m_estimate(
     of: Problem,
-    loss: At,
-    spread: Spread,
+    loss: LossAtScale,
+    estimate_scale: EstimateScale,
     start: Array,
     s: Array | None = None,
-    steps: int = 500,
+    steps: int = _STEPS,
     *,
     joint: bool = False,
 ) -> Estimate:
-    """The b at which `sum(psi(q b - y; s) q) = 0` with `s = spread(of, q b - y, s)`.
+    """The b at which `sum(psi(q b - y; s) q) = 0` with `s = estimate_scale(of, q b - y, s)`.
 
-    `spread` must be positive. `joint`: Newton's steps are of b and s together, for a spread that
-    is a function of the residuals alone and a loss whose unit it is; else each step takes s as
-    fixed. Converged means that a step moved neither b nor s by more than rounding can tell, in
-    units of s, or, if joint, that the next would not.
+    `estimate_scale` must be positive. `joint`: Newton's steps are of b and s together, for a scale
+    that is a function of the residuals alone and a loss whose unit it is; else each step takes s
+    as fixed. Converged means that both equations hold to rounding at the b and s returned.
     """
     each = of.each()
-    eps = jnp.finfo(of.y.dtype).eps
-    tolerance = eps**0.75
-    noise = 4 * eps * of.size  # of residuals
+    tolerance = jnp.finfo(of.y.dtype).eps ** 0.75
 
     class State(NamedTuple):
         b: Array
@@ -171,32 +232,32 @@ def m_estimate(
         move, t = moves[:, 0], jnp.zeros_like(at.s)
         size = jnp.max(jnp.abs(move))
         if not joint:
-            r = predictions(of, at.b - move) - of.y
-            s = spread(of, r, at.s, size)
+            new, change = both_predictions(of, at.b - move, move)
+            r, change = new - of.y, -change
+            s = estimate_scale(of, r, at.s, size)
         else:
             by_scale = moves[:, 1]
             r, v = both_predictions(of, at.b - move, by_scale)
             r = r - of.y
-            may = at.newton & (size <= at.near * at.s)
-            room = 16 * size / jnp.max(jnp.abs(by_scale))
-            t, s = _followed(partial(spread, of), at.s, r, v, size, may, room)
+            regular = jnp.max(jnp.abs(by_scale)) <= _STIFFEST
+            may = at.newton & regular & (size <= at.near * at.s)
+            t, s = _follow_scale(partial(estimate_scale, of), at.s, r, v, size, may)
             move, r = move + t * by_scale, jnp.where(t == 0, r, r - t * v)
+            change = r - at.r
         follows = t != 0
         b = at.b - move
-        before, after = _objectives(of, loss(at.s), at.r, r)
-        taken = ~at.newton | follows | (after <= before + 64 * eps * jnp.abs(before))
+        rise, noise = _objective_change(of, loss(at.s), at.r, r, change)
+        taken = ~at.newton | follows | (rise <= noise)
         moved = jnp.max(jnp.abs(move))
-        still = jnp.maximum(moved, jnp.abs(s - at.s)) <= tolerance * s + noise
-        if joint:  # The next step is 0 where the equations were as straight as this one took them.
-            bend = _bend(loss, each, r, s, at.r, at.s) + jnp.abs(s - at.s - t)
-            still |= at.newton & (bend <= 0.1 * tolerance * s)
-        rest = taken & still
+        same_scale = jnp.abs(s - at.s) <= tolerance * s
+        rest = taken & balanced(of, loss(s), b, r) & (joint | same_scale)
         # From afar, a loss with several minima could be led from the nearest to another; and
         # where its curvature jumps, round in circles.
-        further = ~(taken & (moved <= 0.5 * at.moved))
-        astray = at.newton & ~follows & further & (at.limit < jnp.inf)
-        limit = jnp.where(astray, 0.1 * at.limit, at.limit)
-        near = jnp.where(at.followed & further, 0.1 * at.near, at.near)
+        slow = ~(taken & (moved <= 0.5 * at.moved))
+        lost = at.newton & ~follows & slow & (at.limit < jnp.inf)
+        limit = jnp.where(lost, 0.1 * at.limit, at.limit)
+        circles = at.followed & (moved > 0.9 * at.moved)
+        near = jnp.where(circles, 0.1, jnp.where(slow, 1, 4)) * at.near
         new = State(b, r, s, at.steps + 1, moved, moved <= limit * s, limit, near, follows, rest)
         old = at._replace(steps=at.steps + 1, newton=jnp.asarray(False), limit=limit)
         return jax.tree.map(lambda x, y: jnp.where(taken, x, y), new, old)
@@ -206,7 +267,7 @@ def m_estimate(
 
     r = predictions(of, start) - of.y
     guess = of.size if s is None else s
-    s = spread(of, r, guess, guess)
+    s = estimate_scale(of, r, guess, guess)
     convex = jnp.all((curvature(loss(s), r) >= 0) | (each == 0))
     limit = jnp.where(convex, jnp.inf, jnp.asarray(0.1, s.dtype))
     no, inf, near = jnp.asarray(False), jnp.full_like(s, jnp.inf), jnp.ones_like(s)
@@ -214,3 +275,26 @@ def m_estimate(
     end = lax.while_loop(goes_on, step, begin)
     finite = jnp.all(jnp.isfinite(end.b)) & jnp.isfinite(end.s)
     return Estimate(end.b, end.s, end.r, end.rest & finite, end.steps)
+
+
+def met_exactly(of: Problem, found: Estimate) -> Estimate:
+    """The fit through the rows that are met, where these are so many that the scale is 0.
+
+    The M-estimate at a scale next to 0 is off it by a part of that scale.
+    """
+
+    def refine(_: int, b: Array) -> Array:
+        r = predictions(of, b) - of.y
+
+        def terms(q: Array, each: Array, r: Array, met: Array) -> Array:
+            each = jnp.where(met, each, 0)
+            return jnp.column_stack([gram(q, each), q.T @ jnp.where(each > 0, each * r, 0)])
+
+        equations = sums(of, terms, r, met)
+        move = solve(equations[:, :-1], equations[:, -1])
+        told = jnp.max(jnp.abs(move)) <= _STIFFEST * found.scale
+        return jnp.where(told, b - move, b)
+
+    met = jnp.abs(found.residuals) <= 4 * found.scale
+    b = lax.fori_loop(0, 2, refine, found.b)
+    return found._replace(b=b, residuals=predictions(of, b) - of.y)
