@@ -87,7 +87,7 @@ def factorised(
     inverse, plain = _triangular_inverse(normal)
 
     def by_singular_values(state: Any) -> Any:
-        _, z, root, *_ = state
+        _, z, *_ = state
         table = jnp.nan_to_num(root * z, posinf=0, neginf=0)
         left, values, right = jnp.linalg.svd(table, full_matrices=False)
         vectors = right.T
@@ -97,11 +97,12 @@ def factorised(
         basis, free = vectors * scale, jnp.where(known, 0, vectors)
         # A row far out has a small root: its entries are left / root.
         q = jnp.where(root > 0, jnp.where(known, left, 0) / jnp.where(root > 0, root, 1), z @ basis)
-        return jnp.asarray(True), z, root, free, basis, jnp.sum(known, dtype=jnp.int32), q
+        return jnp.asarray(True), q, free, basis, jnp.sum(known, dtype=jnp.int32)
 
-    begin = plain, z, root, jnp.zeros_like(inverse), inverse.T, jnp.int32(k), z @ inverse.T
-    _, _, _, free, basis, rank, q = lax.while_loop(lambda at: ~at[0], by_singular_values, begin)
-    return basis, free, rank, q
+    # The loop replaces z, or XLA would take the decomposition out of it.
+    begin = plain, z, jnp.zeros_like(inverse), inverse.T, jnp.int32(k)
+    _, q, free, basis, rank = lax.while_loop(lambda at: ~at[0], by_singular_values, begin)
+    return basis, free, rank, jnp.where(plain, z @ inverse.T, q)
 
 
 def _triangular_inverse(normal: Array) -> tuple[Array, Array]:

@@ -106,7 +106,7 @@ def balanced(of: Problem, loss: Callable[..., Array], b: Array, r: Array) -> Arr
     Rounding moves a residual by eps (|y| + |r| + |q b|), and psi by psi' times that: a row whose
     influence has levelled off blurs nothing, however far away it is. Where that blur hides the
     pulls themselves, as at a scale below the rounding of the data, nothing can be verified and
-    the answer is no, unless every row is met.
+    the answer is no, unless every row that has an influence is met.
     """
     eps = jnp.finfo(r.dtype).eps
     typical = of.typical_size(b)
@@ -116,15 +116,17 @@ def balanced(of: Problem, loss: Callable[..., Array], b: Array, r: Array) -> Arr
         moved = eps * (jnp.abs(y) + jnp.abs(r) + typical * far)
         pull = jnp.where(each > 0, each * influence(loss, r), 0)
         blur = jnp.where(each > 0, each * jnp.abs(curvature(loss, r)) * moved, 0)
-        missed = (each > 0) & ~(jnp.abs(r) <= 8 * moved)
+        met = jnp.abs(r) <= 8 * moved
+        rows_met = jnp.sum(((each > 0) & met).astype(r.dtype))
+        missed = jnp.sum(((pull != 0) & ~met).astype(r.dtype))
         sizes = jnp.abs(q).T @ jnp.column_stack([jnp.abs(pull), blur])
-        return q.T @ pull, sizes[:, 0], sizes[:, 1], jnp.sum(missed.astype(r.dtype))
+        return q.T @ pull, sizes[:, 0], sizes[:, 1], rows_met, missed
 
-    total, size, blur, missed = sums(of, terms, r, of.y)
+    total, size, blur, met, missed = sums(of, terms, r, of.y)
     holds = jnp.abs(total) <= eps**_BALANCE * size + blur
     dependent = jnp.sum(jnp.abs(of.slopes), axis=0) + jnp.abs(of.constants) == 0
     clear = (size > 0) & (blur <= _BLUR * size)
-    return jnp.all(holds) & (jnp.all(clear | dependent) | (missed == 0))
+    return jnp.all(holds) & (jnp.all(clear | dependent) | ((missed == 0) & (met >= of.rank)))
 
 
 def _objective_change(
