@@ -8,6 +8,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
@@ -39,7 +40,13 @@ from robustloss.linear.irls import (
     met_exactly,
     subsample,
 )
-from robustloss.losses._elementwise import at_least_float32, positive, real_array, with_leaves
+from robustloss.losses._elementwise import (
+    at_least_float32,
+    positive,
+    readable,
+    real_array,
+    with_leaves,
+)
 from robustloss.losses.convex import huber
 from robustloss.reduce import mask, nonnegative
 from robustloss.views import weight
@@ -139,7 +146,7 @@ the rows cannot carry off, then the M-estimate next to it, at its scale |
     if not 0 < k <= n:
         raise ValueError(f"{k} coefficients need at least one and as many rows, got {n}")
     keep = None if where is None else mask(where, (n,))
-    w = None if weights is None else _shares(nonnegative(weights, (n,), where)).astype(y.dtype)
+    w = None if weights is None else _shares(weights, n, where).astype(y.dtype)
     method = checked_method(loss, method)
     b = None if start is None else real_array("start", start).astype(y.dtype)
     if b is not None and (b.shape != (k,) or method != "irls"):
@@ -227,9 +234,9 @@ def _m(
     """The M-estimate, from least squares unless told."""
     sample = subsample(of) if anywhere else None
     if sample is not None:
-        near = m_estimate(sample, loss, estimate_scale, least_squares(sample), joint=joint)
+        near = m_estimate(sample, loss, estimate_scale, least_squares(sample, clipped=True), joint=joint)
         return m_estimate(of, loss, estimate_scale, near.b, near.scale, joint=joint)
-    start = least_squares(of) if start is None else start
+    start = least_squares(of, clipped=anywhere) if start is None else start
     return m_estimate(of, loss, estimate_scale, start, joint=joint)
 
 
@@ -295,10 +302,18 @@ def _result(
     )
 
 
-def _shares(weights: Array) -> Array:
+def _shares(weights: ArrayLike, n: int, where: ArrayLike | None) -> Array:
     """Weights of which the largest is 1, since only their ratios count."""
-    largest = jnp.max(weights, initial=0)
-    return weights / jnp.where(largest > 0, largest, 1)
+    given = readable(weights)
+    if given is not None and np.issubdtype(given.dtype, np.number):
+        # On the host, where the smallest and the largest weights still have all their digits.
+        given = given.astype(np.float64)
+        largest = np.max(given, initial=0.0)
+        if 0 < largest < np.inf:
+            weights = given / largest
+    w = nonnegative(weights, (n,), where)
+    largest = jnp.max(w, initial=0)
+    return w / jnp.where(largest > 0, largest, 1)
 
 
 def _data(X: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:

@@ -15,6 +15,9 @@ from robustloss._order_statistics import near_median
 from robustloss.scale import _MAD
 
 
+_FAR_OUT = 300.0  # of a row of which a typical one has the length 1
+
+
 def middles_and_spreads(x: Array, keep: Array | None, intercept: bool) -> tuple[Array, Array]:
     """Next to the median of each column, or 0 without an intercept; and to the MAD about it."""
     w = None if keep is None else keep.astype(jnp.int32)
@@ -80,11 +83,15 @@ def factorised(
 
     Where the columns nearly depend on each other, the normal matrix has lost half of the digits:
     the rows themselves are then decomposed into singular values. A direction counts as 0 where it
-    is no longer than the rounding of the data, which is `noise` in each column.
+    is no longer than the rounding of the data, which is `noise` in each column. Where rows lie far
+    out, the axes are turned towards them, so that a sum of squares keeps its digits in the others.
     """
     k = len(normal)
     eps = float(jnp.finfo(normal.dtype).eps)
     inverse, plain = _triangular_inverse(normal)
+    rows = z @ inverse.T
+    length = jnp.max(jnp.sum(root * root, axis=0)) ** 0.5
+    plain &= length * jnp.max(jnp.abs(rows), initial=0) < _FAR_OUT
 
     def by_singular_values(state: Any) -> Any:
         _, z, *_ = state
@@ -97,12 +104,15 @@ def factorised(
         basis, free = vectors * scale, jnp.where(known, 0, vectors)
         # A row far out has a small root: its entries are left / root.
         q = jnp.where(root > 0, jnp.where(known, left, 0) / jnp.where(root > 0, root, 1), z @ basis)
-        return jnp.asarray(True), q, free, basis, jnp.sum(known, dtype=jnp.int32)
+        _, turn = jnp.linalg.eigh(jnp.nan_to_num(q.T @ q))
+        turn = jnp.where(jnp.all(known), turn, jnp.eye(k, dtype=turn.dtype))
+        rank = jnp.sum(known, dtype=jnp.int32)
+        return jnp.asarray(True), q @ turn, free, basis @ turn, rank
 
     # The loop replaces z, or XLA would take the decomposition out of it.
     begin = plain, z, jnp.zeros_like(inverse), inverse.T, jnp.int32(k)
     _, q, free, basis, rank = lax.while_loop(lambda at: ~at[0], by_singular_values, begin)
-    return basis, free, rank, jnp.where(plain, z @ inverse.T, q)
+    return basis, free, rank, jnp.where(plain, rows, q)
 
 
 def _triangular_inverse(normal: Array) -> tuple[Array, Array]:

@@ -53,7 +53,7 @@ class LinearFit:
     unique: Array
     """False where other coefficients are known to serve as well: columns that depend on
     others, of which the smallest solution was taken, or an objective with a level edge."""
-    _standard_errors: Array
+    _standard_errors: Array | None = None
     """Kept beside the covariance, whose entries are squares and can leave the range of floats."""
     several: bool = False
     """Whether y had several columns."""
@@ -103,7 +103,9 @@ class LinearFit:
 
     def standard_errors(self) -> Array:
         """Of the intercept, where there is one, and the coefficients, in this order."""
-        return self._standard_errors
+        if self._standard_errors is not None:
+            return self._standard_errors
+        return jnp.sqrt(jnp.diagonal(self.covariance, axis1=-2, axis2=-1))
 
     def summary(self, names: Sequence[str] | None = None) -> str:
         """A table to print: coefficients, standard errors, z, p-values, 95 % intervals.

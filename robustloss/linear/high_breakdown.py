@@ -31,7 +31,6 @@ _SUBSETS = 1000
 _GROUPS = 5
 _ROWS = 400  # in a group, or 20 for each coefficient
 _FINALISTS = 100  # or 5 of each group
-_FAR = 1e15  # in units of y: farther is as good as this far, and has finite squares in float32
 # Rows times coefficients for which least squares are solved without normal equations: of few rows,
 # one that lies far out may belong to most of the subsets that fit the others.
 _CAREFUL = 1024
@@ -67,6 +66,18 @@ def s_estimate(of: Problem, loss: Loss, share: Array, floor: Array, key: Array) 
     def minimum(of: Problem, steps: int, at: Starts) -> Estimate:
         return m_estimate(of, at_scale, closer, *at, steps)
 
+    def with_own_scale(at: Estimate) -> Estimate:
+        def step(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            s, _, i = state
+            return closer(sample, at.residuals, s, s), s, i + 1
+
+        def goes_on(state: tuple[Array, Array, Array]) -> Array:
+            s, last, i = state
+            return (jnp.abs(s - last) > 1e-6 * s) & (i < 50)
+
+        begin = closer(sample, at.residuals, at.scale, at.scale), at.scale, jnp.int32(0)
+        return at._replace(scale=lax.while_loop(goes_on, step, begin)[0])
+
     draw, order = jax.random.split(key)
     size = max(_ROWS, 20 * k)
     groups = _GROUPS if n > _GROUPS * size else 1
@@ -86,9 +97,10 @@ def s_estimate(of: Problem, loss: Loss, share: Array, floor: Array, key: Array) 
     # Of many rows float32 is enough to see which subsets are best: with y in units of its own.
     unit = jnp.where(of.size > 0, of.size, 1)
     dtype = of.y.dtype if taken * k <= _CAREFUL else jnp.float32
+    far = float(jnp.finfo(dtype).max) ** 0.4  # has finite squares, and more makes no difference
     q, y, w, short = jax.tree.map(
         lambda x: x.astype(dtype),
-        (rows(sample), jnp.clip(sample.y / unit, -_FAR, _FAR), sample.each(), loss),
+        (rows(sample), jnp.clip(sample.y / unit, -far, far), sample.each(), loss),
     )
     dealt = (jnp.swapaxes(x.reshape(-1, groups, *x.shape[1:]), 0, 1) for x in (q, y, w))
     count = _FINALISTS if groups == 1 else 5
@@ -98,8 +110,12 @@ def s_estimate(of: Problem, loss: Loss, share: Array, floor: Array, key: Array) 
     ends = jax.vmap(partial(minimum, sample, 100 if groups == 1 else 8))(starts)
     if groups > 1:
         ends = lax.map(partial(minimum, of, 100), _distinct(ends.b, ends.scale))
-    # One that is not there yet may have a scale that is too low.
-    there = ends.converged | ~jnp.any(ends.converged)
+        # One that is not there yet may have a scale that is too low.
+        there = ends.converged | ~jnp.any(ends.converged)
+    else:
+        # Few rows: also where the steps did not suffice, the scale is made that of the residuals.
+        ends = jax.vmap(with_own_scale)(ends)
+        there = jnp.isfinite(ends.scale)
     lowest = jnp.argmin(jnp.where(there & ~jnp.isnan(ends.scale), ends.scale, jnp.inf))
     found = jax.tree.map(lambda x: x[lowest], ends)
     return found._replace(residuals=predictions(of, found.b) - of.y)  # those of a sample until now

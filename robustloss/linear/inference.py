@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.scipy.linalg import cho_factor, cho_solve
 from jax.scipy.special import ndtri
 from jax.typing import ArrayLike
@@ -75,7 +75,8 @@ def after_s(
 
     `chi` is the loss of the S-estimate `start`, of residuals in units of its scale, and `half` its
     breakdown point. Neither symmetric errors nor errors of one spread are assumed. As
-    `robustbase::lmrob` with `cov = ".vcov.avar1"`.
+    `robustbase::lmrob` with `cov = ".vcov.avar1"`; where that is not positive definite, the
+    sandwich with the scale taken as known.
 
     Source: Croux, Dhaene and Hoorelbeke (2003), Robust standard errors for robust estimators.
     """
@@ -107,13 +108,18 @@ def after_s(
     )
     inverse = _inverse(bends)
     by_scale, both = inverse @ (shift * n / pull), inverse @ together
+    known_scale = inverse @ squares @ inverse
     covariance = (
-        inverse @ squares @ inverse
+        known_scale
         - jnp.outer(by_scale, both) / n
         - jnp.outer(both, by_scale) / n
         + spread * jnp.outer(by_scale, by_scale) / n**2
     )
-    return _in_units(of, covariance, s)
+    # In small samples the corrections for the scale can outweigh the rest.
+    kept = jnp.diagonal(covariance) != 0
+    factor = lax.linalg.cholesky(covariance + jnp.diag(jnp.where(kept, 0, 1).astype(s.dtype)))
+    positive = jnp.all(jnp.isfinite(factor))
+    return _in_units(of, jnp.where(positive, covariance, known_scale), s)
 
 
 def powell(of: Problem, level: Array, residuals: Array) -> Covariance:

@@ -41,6 +41,8 @@ EstimateScale = Callable[[Problem, Array, Array, Array], Array]
 MANY = 2**16  # rows, for which a part of them shows where to start
 _PART = 2**13  # rows of that part
 _STEPS = 500
+_CLIP = 1e4  # sizes of y: a start farther off than this costs steps and digits
+_REACH = 30.0  # of a row, of which a typical one has the length 1
 # Of the sum of |psi| |q|: an imbalance that sums of many rounded terms can leave.
 _BALANCE = 0.75  # a power of eps
 # Rounding of the residuals may hide at most this part of the pulls, or nothing can be verified.
@@ -63,13 +65,17 @@ class Estimate(NamedTuple):
     steps: Array
 
 
-def least_squares(of: Problem) -> Array:
-    """To start from: its rounding is not refined."""
+def least_squares(of: Problem, *, clipped: bool = False) -> Array:
+    """To start from: its rounding is not refined. `clipped`: without the wildest values of y."""
+    y = of.y
+    if clipped:
+        limit = _CLIP * jnp.where(of.size > 0, of.size, 1)
+        y = jnp.clip(y, -limit, limit)
 
     def terms(q: Array, each: Array, y: Array) -> tuple[Array, Array]:
         return gram(q, each), q.T @ (each * y)
 
-    return solve(*sums(of, terms, of.y))
+    return solve(*sums(of, terms, y))
 
 
 def subsample(of: Problem) -> Problem | None:
@@ -100,33 +106,54 @@ def _equations(
     return found[:, :k], found[:, k:]
 
 
-def balanced(of: Problem, loss: Callable[..., Array], b: Array, r: Array) -> Array:
+def _dependent(of: Problem) -> Array:
+    """Which columns of q are 0, since they depend on the others."""
+    return jnp.sum(jnp.abs(of.slopes), axis=0) + jnp.abs(of.constants) == 0
+
+
+def balanced(
+    of: Problem, loss: Callable[..., Array], b: Array, r: Array, moved: Array, still: Array
+) -> Array:
     """Whether `sum(psi(r) q) = 0` to rounding, relative to the sum of |psi| |q|.
 
-    Rounding moves a residual by eps (|y| + |r| + |q b|), and psi by psi' times that: a row whose
+    Rounding changes a residual by eps (|y| + |r| + |q b|), and psi by psi' times that: a row whose
     influence has levelled off blurs nothing, however far away it is. Where that blur hides the
     pulls themselves, as at a scale below the rounding of the data, nothing can be verified and
     the answer is no, unless every row that has an influence is met.
+
+    A row that is far out in X and has an influence hides the equations of the others behind its
+    own. So rows count no more than if they were at most `_REACH` away; or else the last step,
+    which `moved` the residuals, must have moved none by more than `still`, or rounding.
     """
     eps = jnp.finfo(r.dtype).eps
     typical = of.typical_size(b)
 
-    def terms(q: Array, each: Array, r: Array, y: Array) -> tuple[Array, ...]:
+    def terms(q: Array, each: Array, r: Array, y: Array, moved: Array) -> tuple[Array, ...]:
         far = jnp.maximum(1, jnp.max(jnp.abs(q), axis=1))
-        moved = eps * (jnp.abs(y) + jnp.abs(r) + typical * far)
+        rounding = eps * (jnp.abs(y) + jnp.abs(r) + typical * far)
         pull = jnp.where(each > 0, each * influence(loss, r), 0)
-        blur = jnp.where(each > 0, each * jnp.abs(curvature(loss, r)) * moved, 0)
-        met = jnp.abs(r) <= 8 * moved
-        rows_met = jnp.sum(((each > 0) & met).astype(r.dtype))
-        missed = jnp.sum(((pull != 0) & ~met).astype(r.dtype))
-        sizes = jnp.abs(q).T @ jnp.column_stack([jnp.abs(pull), blur])
-        return q.T @ pull, sizes[:, 0], sizes[:, 1], rows_met, missed
+        curve = jnp.where(each > 0, each * jnp.abs(curvature(loss, r)), 0)
+        met = jnp.abs(r) <= 8 * rounding
+        moves = (each > 0) & ~(jnp.abs(moved) <= still + 8 * rounding)
+        columns = jnp.column_stack([jnp.abs(pull), curve * rounding])
+        near = jnp.minimum(1, _REACH / far)
+        counts = ((each > 0) & met, (pull != 0) & ~met, moves)
+        return (
+            q.T @ pull,
+            jnp.abs(q).T @ columns,
+            jnp.abs(q).T @ (near[:, None] * columns),
+            jnp.stack([jnp.sum(rows.astype(r.dtype)) for rows in counts]),
+        )
 
-    total, size, blur, met, missed = sums(of, terms, r, of.y)
-    holds = jnp.abs(total) <= eps**_BALANCE * size + blur
-    dependent = jnp.sum(jnp.abs(of.slopes), axis=0) + jnp.abs(of.constants) == 0
-    clear = (size > 0) & (blur <= _BLUR * size)
-    return jnp.all(holds) & (jnp.all(clear | dependent) | ((missed == 0) & (met >= of.rank)))
+    total, sizes, near, counts = sums(of, terms, r, of.y, moved)
+    met, missed, moves = counts
+    dependent = _dependent(of)
+    clear = jnp.all((sizes[:, 0] > 0) & (sizes[:, 1] <= _BLUR * sizes[:, 0]) | dependent)
+    clear |= (missed == 0) & (met >= of.rank)
+    holds, strictly = (
+        jnp.all(jnp.abs(total) <= eps**_BALANCE * size[:, 0] + size[:, 1]) for size in (sizes, near)
+    )
+    return clear & (strictly | (holds & (moves == 0)))
 
 
 def _objective_change(
@@ -215,6 +242,7 @@ def m_estimate(
     """
     each = of.each()
     tolerance = jnp.finfo(of.y.dtype).eps ** 0.75
+    dependent = _dependent(of)
 
     class State(NamedTuple):
         b: Array
@@ -249,10 +277,14 @@ def m_estimate(
         follows = t != 0
         b = at.b - move
         rise, noise = _objective_change(of, loss(at.s), at.r, r, change)
-        taken = ~at.newton | follows | (rise <= noise)
+        # Where no row is near the fit there is no curvature to divide by.
+        flat = jnp.any((jnp.diagonal(normal) <= 0) & ~dependent)
+        taken = ~at.newton | (~flat & (follows | (rise <= noise)))
         moved = jnp.max(jnp.abs(move))
         same_scale = jnp.abs(s - at.s) <= tolerance * s
-        rest = taken & balanced(of, loss(s), b, r) & (joint | same_scale)
+        # The distance left is about the square of a step of Newton's, and a part of another's.
+        still = jnp.where(at.newton, tolerance**0.5, tolerance) * s
+        rest = taken & balanced(of, loss(s), b, r, change, still) & (joint | same_scale)
         # From afar, a loss with several minima could be led from the nearest to another; and
         # where its curvature jumps, round in circles.
         slow = ~(taken & (moved <= 0.5 * at.moved))

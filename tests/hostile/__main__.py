@@ -1,0 +1,24 @@
+"""`python -m tests.hostile --sets 10000`: how many fits break a law without saying so."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from .measure import WAYS, batches, cells, describe, measure, table
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--sets", type=int, default=10_000)
+parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--way", default="", help="only those whose name holds this")
+parser.add_argument("--show", type=int, default=3, help="fits of each law broken")
+options = parser.parse_args()
+
+begin = time.time()
+ways = [way for way in WAYS if options.way in way.name]
+count = measure(batches(options.sets, options.seed, cells(ways)))
+print(table(count))
+for law, fits in count.worst.items():
+    for by, fit in sorted(fits, key=lambda one: -abs(one[0]))[: options.show]:
+        print("-", describe(fit, law, by))
+print(f"{time.time() - begin:.0f} s")
