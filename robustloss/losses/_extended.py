@@ -5,6 +5,8 @@ rounding would be an error of the result.
 from __future__ import annotations
 
 import math
+import operator
+from functools import reduce
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -59,9 +61,15 @@ def one_plus_square(r: Array, b: Array, lost: Array, delta: Array) -> OnePlus:
     lost_log = lost_log + (
         j.astype(f.dtype) * low + 2 * (lost_s + s * (s * s) * atanh_series(s * s))
     )
-    inverse = ldexp(1 / (1 + n), -j)
+    # t and 1 / w are quotients by 1 + n, with what all roundings before took from them.
+    one = jnp.ones_like(n)
+    d, lost_d = sum_of_two(one, n)
+    lost_d = lost_d + lost_n
+    t, lost_t = _quotient(scaled, d)
+    t = t + (lost_t + (ldexp(lost_f, k - j) - t * lost_d) / d)
+    inverse, lost_inverse = _quotient(one, d)
+    inverse = ldexp(inverse + (lost_inverse - inverse * lost_d / d), -j)
     y = ldexp(f, k)
-    t = jnp.where(j < 20, y * inverse, 1 - inverse)
     log, lost_log = sum_of_two(log, lost_log)
     # With a power in the same loop, the vectoriser of jaxlib 0.12 takes minutes: so, a fence.
     return OnePlus(y, lax.optimization_barrier(log), lost_log, t, inverse)
@@ -93,6 +101,14 @@ def exp_ratio(h: Array, lost: Array) -> tuple[Array, Array]:
     far = (ldexp(power, n - above) - ldexp(jnp.ones_like(h), -above)) / jnp.where(near, 1, h + lost)
     ratio = jnp.where(near, jnp.exp(half + 0.5 * lost) * series, far)
     return ratio, jnp.where(near, 0, above)
+
+
+def multiply(*factors: Array, exponent: Array | int = 0) -> Array:
+    """The product of the factors and of `2**exponent`; only the result over- or underflows."""
+    infinite = reduce(operator.or_, (jnp.isinf(x) for x in factors))
+    mantissas, exponents = zip(*(frexp(finite(x)) for x in factors), strict=True)
+    product = ldexp(reduce(operator.mul, mantissas), sum(exponents) + exponent)
+    return jnp.where(infinite, reduce(operator.mul, factors), product)
 
 
 def sum_of_two(x: Array, y: Array) -> tuple[Array, Array]:
