@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from robustloss.losses._elementwise import frexp, product
@@ -103,12 +106,34 @@ def exp_ratio(h: Array, lost: Array) -> tuple[Array, Array]:
     return ratio, jnp.where(near, 0, above)
 
 
-def multiply(*factors: Array, exponent: Array | int = 0) -> Array:
-    """The product of the factors and of `2**exponent`; only the result over- or underflows."""
+@jax.custom_jvp
+def multiply(*factors: Array) -> Array:
+    """The product of the factors, of which only the result over- or underflows.
+
+    (A chain of divisions is no such thing: XLA takes x / y / z for x / (y z).)
+    """
+    return multiply_exactly(factors)
+
+
+def multiply_exactly(factors: Sequence[Array], exponent: ArrayLike = 0) -> Array:
+    """`multiply`, and the result times `2**exponent`; to be differentiated by a rule alone."""
     infinite = reduce(operator.or_, (jnp.isinf(x) for x in factors))
     mantissas, exponents = zip(*(frexp(finite(x)) for x in factors), strict=True)
-    product = ldexp(reduce(operator.mul, mantissas), sum(exponents) + exponent)
+    product = ldexp(reduce(operator.mul, mantissas), reduce(operator.add, exponents) + exponent)
     return jnp.where(infinite, reduce(operator.mul, factors), product)
+
+
+def _multiply_rule(factors: Sequence[Array], tangents: Sequence[Any]) -> tuple[Array, Array]:
+    out = multiply(*factors)
+    change = jnp.zeros_like(out)
+    for k, t in enumerate(tangents):
+        if not isinstance(t, SymbolicZero):
+            others = [x for i, x in enumerate(factors) if i != k]
+            change = change + (multiply(*others) if others else 1) * t
+    return out, change
+
+
+multiply.defjvp(_multiply_rule, symbolic_zeros=True)
 
 
 def sum_of_two(x: Array, y: Array) -> tuple[Array, Array]:

@@ -15,6 +15,7 @@ from robustloss.losses._extended import (
     clamped,
     exponential,
     ldexp,
+    multiply,
     one_plus_square,
     sum_of_two,
     times,
@@ -70,7 +71,7 @@ def inverse(r: Array, b: Array, delta: Array) -> Array:
 
 
 @with_partials(
-    lambda r, b, d: inverse(r, b, d) * (1 - 2 * fraction(r, b, d)) / b / d / d,
+    lambda r, b, d: (1 - 2 * fraction(r, b, d)) * pull_per_residual(r, b, d),
     lambda r, b, d: -pull(r, b, d) * inverse(r, b, d) / b,
     lambda r, b, d: -2 * pull(r, b, d) * inverse(r, b, d) / d,
 )
@@ -78,6 +79,18 @@ def pull(r: Array, b: Array, delta: Array) -> Array:
     """t / r."""
     near = ratio(r, delta) / b * inverse(r, b, delta) / delta
     return jnp.where(root(r, b, delta) > 1, fraction(r, b, delta) / r, near)
+
+
+@with_partials(
+    lambda r, b, d: -2 * pull(r, b, d) * pull_per_residual(r, b, d),
+    lambda r, b, d: -pull_per_residual(r, b, d) * inverse(r, b, d) / b,
+    lambda r, b, d: -2 * pull_per_residual(r, b, d) * inverse(r, b, d) / d,
+)
+def pull_per_residual(r: Array, b: Array, delta: Array) -> Array:
+    """t / r**2 = 1 / (b delta**2 + r**2)."""
+    near = multiply(inverse(r, b, delta), 1 / b, 1 / delta, 1 / delta)
+    far = multiply(fraction(r, b, delta), 1 / r, 1 / r)
+    return jnp.where(root(r, b, delta) > 1, far, near)
 
 
 @with_partials(
