@@ -37,6 +37,13 @@ def elementwise(
             )
     dtype = jnp.result_type(dtype, *parameters)
     wide = at_least_float32(dtype)
+    for parameter in parameters:
+        given = readable(parameter) if parameter.dtype.itemsize > wide.itemsize else None
+        if given is not None and np.any((given != 0) & (np.abs(given) < jnp.finfo(wide).tiny)):
+            smallest = np.abs(given)[given != 0].min()
+            raise ValueError(
+                f"a parameter of {smallest} counts as 0 in {wide}, the residual's type"
+            )
     return kernel(r.astype(wide), *(p.astype(wide) for p in parameters)).astype(dtype)
 
 
@@ -89,8 +96,17 @@ def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
 
 
 def positive(name: str, x: ArrayLike) -> Array:
-    """A parameter that must be > 0: ValueError where it can be read, NaN where it is traced."""
-    return constrained(name, "must be > 0", lambda x: x > 0, x)
+    """A parameter that must be > 0: ValueError where it can be read, NaN where it is traced.
+
+    XLA on a CPU reads subnormal numbers as 0, so these are refused too.
+    """
+    array = constrained(name, "must be > 0", lambda x: x > 0, x)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return array
+    wide = at_least_float32(array.dtype)
+    tiny = float(jnp.finfo(wide).tiny)
+    law = f"must be at least {tiny:.3g}, as less counts as 0 in {wide}"
+    return constrained(name, law, lambda x: x >= tiny, array if readable(x) is None else x)
 
 
 def between(name: str, x: ArrayLike, low: float, high: float) -> Array:

@@ -63,6 +63,8 @@ from robustloss.losses._powers import (
 
 __all__ = ["gaussian_nll", "general", "general_nll", "laplace_nll", "student_t_nll"]
 
+_ROOT3 = math.sqrt(3)
+
 
 def general(
     predictions: ArrayLike,
@@ -593,9 +595,6 @@ def _gaussian_by_scale(r: Array, scale: Array) -> Array:
     return multiply(1 - u, 1 + u, 1 / scale)
 
 
-_ROOT3 = math.sqrt(3)
-
-
 def laplace_nll(
     predictions: ArrayLike, targets: ArrayLike | None = None, *, scale: ArrayLike = 1.0
 ) -> Array:
@@ -956,7 +955,13 @@ def _general_nll_by_alpha(r: Array, alpha: Array, scale: Array) -> Array:
 )
 def _general_nll_by_scale(r: Array, alpha: Array, scale: Array) -> Array:
     """(1 - u**2 E) / scale."""
-    return (1 - _moved(r / scale, alpha)) / scale
+    u, x, _ = _nll_terms(r, alpha, scale)
+    power, exponent = x.power
+    moved = multiply_exactly((u, u, power), exponent)
+    # Far out the 1 does not count, and only the whole product stays in range.
+    far = multiply_exactly((u, u, power, -1 / scale), exponent)
+    by_scale = jnp.where(moved > 1 / jnp.finfo(r.dtype).eps, far, (1 - moved) / scale)
+    return at_infinity(r, jnp.where(alpha > 0, -jnp.inf, -1 / scale), by_scale)
 
 
 # With E, t, w and L of u: the second derivatives, each a product that is rounded as a whole.
@@ -1048,19 +1053,11 @@ def _general_nll_by_scale2(r: Array, alpha: Array, scale: Array) -> Array:
     u, x, rest = _nll_terms(r, alpha, scale)
     power, exponent = x.power
     bend = 1 + alpha + rest
-    # Far out the 1 does not count, and only the whole product stays in range.
     moved = multiply_exactly((u, u, power, bend), exponent)
     near = multiply(moved - 1, 1 / scale, 1 / scale)
     far = multiply_exactly((u, u, power, bend, 1 / scale, 1 / scale), exponent)
     limit = jnp.where(alpha > 0, jnp.inf, (1 / scale) ** 2)
-    return at_infinity(r, limit, jnp.where(moved > 1e9, far, near))
-
-
-def _moved(u: Array, alpha: Array) -> Array:
-    """u times the slope at u, for alpha in [0, 2]."""
-    x = tame(u)
-    moved = x * _slope(x, alpha, jnp.ones_like(alpha))
-    return at_infinity(u, jnp.where(alpha > 0, jnp.inf, 2), moved)
+    return at_infinity(r, limit, jnp.where(moved > 1 / jnp.finfo(r.dtype).eps, far, near))
 
 
 @with_partials(lambda alpha: _log_partition_by_alpha(alpha))

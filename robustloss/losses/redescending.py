@@ -187,7 +187,7 @@ def _geman_mcclure(r: Array, delta: Array) -> Array:
 
 @with_partials(
     lambda r, d: _geman_mcclure_bend(r, d),
-    lambda r, d: _cube(sine(r, d) * cosine(r, d)),
+    lambda r, d: _geman_mcclure_mixed(r, d),
 )
 def _geman_mcclure_slope(r: Array, delta: Array) -> Array:
     # The loss, (r delta)**2 / (r**2 + delta**2) / 2, is the same with |r| and delta exchanged:
@@ -214,6 +214,16 @@ def _geman_mcclure_bend(r: Array, delta: Array) -> Array:
     outside = outside + outside * (2 * lost_t2)
     bend = cube * jnp.where(jnp.abs(r) > delta, outside, 1 - 3 * t2)
     return jnp.where(jnp.isinf(r), flat(delta), bend) + flat(r)
+
+
+@with_partials(
+    lambda r, d: -12 * sine(r, d) ** 2 * cosine(r, d) ** 4 * (1 - 2 * cosine(r, d) ** 2) / d,
+    lambda r, d: 12 * (sine(r, d) * cosine(r, d)) ** 3 * (1 - 2 * cosine(r, d) ** 2) / d,
+)
+def _geman_mcclure_mixed(r: Array, delta: Array) -> Array:
+    """4 u**3 / (1 + u**2)**3, and u / (1 + u**2) is the same of 1 / u."""
+    t = ratio(r, delta)
+    return _cube(jnp.sign(r) * (t / (1 + t * t)))
 
 
 def _cube(x: Array) -> Array:
@@ -394,7 +404,7 @@ def _tukey(r: Array, delta: Array) -> Array:
     a = _at_most(jnp.abs(r), delta)
     z = (a / delta) ** 2
     q = _margin(a, delta)
-    far = delta * (delta * (1 - q * q * q)) / 6
+    far = delta * (delta * ((1 - q * q * q) / 6))
     return jnp.where(z > 0.5, far, 0.5 * a * (a * (1 - z + z * z / 3)))
 
 
