@@ -319,4 +319,10 @@ def derivatives(name: str, *point: float) -> dict[tuple[int, ...], tuple[mpf, mp
                 value = series.derivative(tuple(orders))
                 orders[0] += 1
                 found[of] = value, at[0] * series.derivative(tuple(orders))
+        if name == "general" and at[1] == 2:
+            infinite, r = mp.inf * abs(mp.sign(at[0])), at[0]
+            found[1,] = infinite, mpf(0)
+            found[0, 1] = mp.sign(r) * infinite, mpf(0)
+            found[1, 1] = mp.nan, mpf(0)  # no number is promised
+            found[1, 2] = -r * r / at[2] / 2, -r * r / at[2]
         return found
