@@ -101,11 +101,20 @@ def computed(name: str, point: Sequence[Any], every_order: bool = False) -> dict
 
 
 def errors(
-    name: str, dtype: Any, many: int, seed: int = 0, every_order: bool = False
+    name: str,
+    dtype: Any,
+    many: int,
+    seed: int = 0,
+    *,
+    every_order: bool = False,
+    also: Sequence[tuple[float, ...]] = (),
 ) -> Iterator[Off]:
-    """Of each derivative at each point of a sample."""
+    """Of each derivative at each point of a sample, and at what other points are given."""
     with jax.enable_x64(dtype == np.float64):
         point = sample(name, dtype, many, seed)
+        if also:
+            more = np.array(also, dtype).T
+            point = [np.concatenate(both) for both in zip(point, more, strict=True)]
         found = computed(name, point, every_order)
     for k, numbers in enumerate(zip(*point, strict=True)):
         at = tuple(map(float, numbers))
@@ -118,9 +127,9 @@ def errors(
             yield Off(ulp, of, at, float(got[k]), float(true))
 
 
-def worst(name: str, dtype: Any, many: int, seed: int = 0, every_order: bool = False) -> Off:
+def worst(name: str, dtype: Any, many: int, seed: int = 0) -> Off:
     """The largest of the errors."""
-    return max(errors(name, dtype, many, seed, every_order), key=lambda off: off.ulp)
+    return max(errors(name, dtype, many, seed), key=lambda off: off.ulp)
 
 
 def off_by(got: float, true: mpf, change: mpf, dtype: Any) -> float:

@@ -98,15 +98,16 @@ def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
 def positive(name: str, x: ArrayLike) -> Array:
     """A parameter that must be > 0: ValueError where it can be read, NaN where it is traced.
 
-    XLA on a CPU reads subnormal numbers as 0, so these are refused too.
+    XLA on a CPU reads subnormal numbers as 0. So these are refused, too, and numbers of which a
+    quarter, which some losses count in, would be subnormal.
     """
     array = constrained(name, "must be > 0", lambda x: x > 0, x)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         return array
     wide = at_least_float32(array.dtype)
-    tiny = float(jnp.finfo(wide).tiny)
-    law = f"must be at least {tiny:.3g}, as less counts as 0 in {wide}"
-    return constrained(name, law, lambda x: x >= tiny, array if readable(x) is None else x)
+    least = 4 * float(jnp.finfo(wide).tiny)
+    law = f"must be at least {least:.3g}, as next to nothing counts as 0 in {wide}"
+    return constrained(name, law, lambda x: x >= least, array if readable(x) is None else x)
 
 
 def between(name: str, x: ArrayLike, low: float, high: float) -> Array:
