@@ -140,10 +140,10 @@ def off_by(got: float, true: mpf, change: mpf, dtype: Any) -> float:
     top, tiny = mpf(2) ** int(info.maxexp), 2 * mpf(float(info.tiny))
     if math.isnan(got):
         return math.inf
-    if abs(true) < tiny:  # XLA on a CPU flushes what is subnormal
+    size = max(abs(true), abs(change))
+    if size < tiny or (abs(true) < tiny and abs(got) < tiny):  # XLA flushes what is subnormal
         return 0.0 if abs(got) <= 1.000001 * tiny else math.inf
     value = mp.sign(got) * top if math.isinf(got) else mpf(got)
-    size = max(abs(true), abs(change))
     if size >= top or mp.isinf(true):
         size, true = top / 2, max(min(true, top), -top)
     unit = mpf(2) ** (int(mp.frexp(size)[1]) - 1 - int(info.nmant))

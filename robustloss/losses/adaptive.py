@@ -578,7 +578,7 @@ def _gaussian(r: Array, scale: Array) -> Array:
 
 
 @with_partials(
-    lambda r, s: flat(r) + (1 / s) ** 2,
+    lambda r, s: flat(r) + multiply(1 / s, 1 / s),
     lambda r, s: -2 * multiply(r, 1 / s, 1 / s, 1 / s),
 )
 def _gaussian_slope(r: Array, scale: Array) -> Array:
@@ -626,7 +626,7 @@ def laplace_nll(
 
 
 @with_partials(
-    lambda r, s: _sign(r) / s,
+    lambda r, s: _laplace_slope(r, s),
     lambda r, s: _laplace_by_scale(r, s),
 )
 def _laplace(r: Array, scale: Array) -> Array:
@@ -634,12 +634,20 @@ def _laplace(r: Array, scale: Array) -> Array:
 
 
 @with_partials(
-    lambda r, s: -_sign(r) * (1 / s) ** 2,
+    lambda r, s: multiply(-_sign(r), 1 / s, 1 / s),
     lambda r, s: multiply(2 * (jnp.abs(r) / s) - 1, 1 / s, 1 / s),
 )
 def _laplace_by_scale(r: Array, scale: Array) -> Array:
     """(1 - |u|) / scale."""
     return (1 - jnp.abs(r) / scale) * (1 / scale)
+
+
+@with_partials(
+    lambda r, s: flat(r),
+    lambda r, s: multiply(-_sign(r), 1 / s, 1 / s),
+)
+def _laplace_slope(r: Array, scale: Array) -> Array:
+    return jnp.sign(r) / scale
 
 
 @with_partials(lambda r: flat(r))
@@ -736,7 +744,9 @@ def _student_t_curvature(r: Array, df: Array, scale: Array) -> Array:
         jnp.where(near, f, g) for f, g in ((c / nu, t), (1 / scale, 1 / x), (1 / scale, 1 / x))
     ]
     curvature = multiply(nu + 1, 1 - 2 * t, *factors)
-    curvature = jnp.where(jnp.isinf(df), (1 / scale) ** 2, at_infinity(r, 0, curvature))
+    curvature = jnp.where(
+        jnp.isinf(df), multiply(1 / scale, 1 / scale), at_infinity(r, 0, curvature)
+    )
     return curvature + flat(r)
 
 
@@ -758,7 +768,11 @@ def _student_t_slope_by_df(r: Array, df: Array, scale: Array) -> Array:
 def _student_t_slope_by_scale(r: Array, df: Array, scale: Array) -> Array:
     """-2 (nu + 1) c p / scale."""
     nu = clamped(df, HUGE)
-    by_scale = multiply(-2 * (nu + 1), inverse(r, nu, scale), pull(r, nu, scale), 1 / scale)
+    x, t, c = tame(r), fraction(r, nu, scale), inverse(r, nu, scale)
+    # c = nu t / u**2, which may be next to nothing where the product is not.
+    factors = [jnp.where(t < c, f, g) for f, g in ((c, nu * t), (1, scale / x), (1, scale / x))]
+    by_scale = multiply(-2 * (nu + 1), *factors, pull(x, nu, scale), 1 / scale)
+    by_scale = jnp.where(jnp.isinf(r), flat(nu + scale), by_scale)
     return jnp.where(jnp.isinf(df), -2 * multiply(r, 1 / scale, 1 / scale, 1 / scale), by_scale)
 
 
@@ -983,7 +997,7 @@ def _general_nll_curvature(r: Array, alpha: Array, scale: Array) -> Array:
     power, exponent = x.power
     bend = jnp.where((alpha >= 0.5) | (x.t > 0.5), (alpha - 1) + rest, 1 - x.beta * x.t)
     curvature = multiply_exactly((power, bend, 1 / scale, 1 / scale), exponent)
-    return at_infinity(r, jnp.where(alpha == 2, (1 / scale) ** 2, 0), curvature)
+    return at_infinity(r, jnp.where(alpha == 2, multiply(1 / scale, 1 / scale), 0), curvature)
 
 
 @with_partials(
@@ -1016,7 +1030,7 @@ def _general_nll_slope_by_scale(r: Array, alpha: Array, scale: Array) -> Array:
     u, x, rest = _nll_terms(r, alpha, scale)
     power, exponent = x.power
     factors = u, power, -(alpha + rest), 1 / scale, 1 / scale
-    limit = jnp.where(alpha > 1, jnp.inf, jnp.where(alpha == 1, (1 / scale) ** 2, 0))
+    limit = jnp.where(alpha > 1, jnp.inf, jnp.where(alpha == 1, multiply(1 / scale, 1 / scale), 0))
     return at_infinity(r, -jnp.sign(r) * limit, multiply_exactly(factors, exponent))
 
 
@@ -1056,7 +1070,7 @@ def _general_nll_by_scale2(r: Array, alpha: Array, scale: Array) -> Array:
     moved = multiply_exactly((u, u, power, bend), exponent)
     near = multiply(moved - 1, 1 / scale, 1 / scale)
     far = multiply_exactly((u, u, power, bend, 1 / scale, 1 / scale), exponent)
-    limit = jnp.where(alpha > 0, jnp.inf, (1 / scale) ** 2)
+    limit = jnp.where(alpha > 0, jnp.inf, multiply(1 / scale, 1 / scale))
     return at_infinity(r, limit, jnp.where(moved > 1 / jnp.finfo(r.dtype).eps, far, near))
 
 
@@ -1070,17 +1084,25 @@ def _log_partition(alpha: Array) -> Array:
     """
     nodes, weights = _nodes(alpha[..., None], 2.2, 150)
     density = jnp.exp(-_general(nodes, alpha[..., None], jnp.ones_like(alpha)[..., None]))
-    terms = weights * density
-    short = jnp.round(terms * 2**14) / 2**14  # a sum of these is exact, or sqrt(150) ulps go
-    Z, lost = sum_of_two(jnp.sum(short, axis=-1), jnp.sum(terms - short, axis=-1))
+    Z, lost = sum_of_two(*_sum(weights * density))
     return math.log(4) + (jnp.log(Z / 4) + lost / Z)
+
+
+def _sum(terms: Array) -> tuple[Array, Array]:
+    """The sum of what is left of numbers near 1 when they are cut short, and that of the rest.
+
+    The first is exact; in a plain sum roundings add up.
+    """
+    short = jnp.round(terms * 2**14) / 2**14
+    return jnp.sum(short, axis=-1), jnp.sum(terms - short, axis=-1)
 
 
 @with_partials(lambda alpha: _log_partition_by_alpha2(alpha))
 def _log_partition_by_alpha(alpha: Array) -> Array:
     """Minus the mean, over the density, of the loss's derivative in alpha."""
     share, nodes, a, one = _density(alpha)
-    return -jnp.sum(share * _by_alpha(nodes, a, one), axis=-1)
+    high, low = _sum(share * _by_alpha(nodes, a, one))
+    return -(high + low)
 
 
 def _log_partition_by_alpha2(alpha: Array) -> Array:
@@ -1088,7 +1110,8 @@ def _log_partition_by_alpha2(alpha: Array) -> Array:
     share, nodes, a, one = _density(alpha)
     first = _by_alpha(nodes, a, one)
     change = (first + _log_partition_by_alpha(alpha)[..., None]) ** 2 - _by_alpha2(nodes, a, one)
-    return jnp.sum(share * change, axis=-1)
+    high, low = _sum(share * change)
+    return high + low
 
 
 def _density(alpha: Array) -> tuple[Array, Array, Array, Array]:
@@ -1100,7 +1123,8 @@ def _density(alpha: Array) -> tuple[Array, Array, Array, Array]:
     nodes, weights = _nodes(a, 3.2, 150 if alpha.dtype == jnp.float32 else 300)
     one = jnp.ones_like(a)
     terms = weights * jnp.exp(-_general(nodes, a, one))
-    return terms / jnp.sum(terms, axis=-1, keepdims=True), nodes, a, one
+    high, low = _sum(terms)
+    return terms / (high + low)[..., None], nodes, a, one
 
 
 def _nodes(alpha: Array, digits: float, many: int) -> tuple[Array, Array]:

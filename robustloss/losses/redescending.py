@@ -335,7 +335,7 @@ def _welsch_series(z: Array) -> Array:
 def _welsch_third(r: Array, delta: Array) -> Array:
     """u (4 z - 6) exp(-z) / delta; times a power of -u it is every third derivative."""
     z, times_weight = _welsch_weight(r, delta)
-    return times_weight((4 * z - 6) * _tail(r, delta)) / delta
+    return times_weight((4 * z - 6) * _tail(r, delta) / delta)
 
 
 def _welsch_weight(r: Array, delta: Array) -> tuple[Array, Callable[[Array], Array]]:
