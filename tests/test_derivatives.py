@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import chex
 import jax
@@ -400,7 +401,9 @@ def test_shard_map_on_one_device():
 
 
 def test_shard_map_on_eight_devices():
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    root = str(Path(__file__).parents[1])
+    flags = "--xla_force_host_platform_device_count=8"
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": root}
     run = [sys.executable, "-W", "error", __file__]
     subprocess.run(run, env=environment, check=True, timeout=200)
 
