@@ -5,6 +5,9 @@ a dense sample of all float32 numbers or over every one (`--exhaustive`), beside
 optax; and all numbers of float16 and of bfloat16. Where a curve passes through 0 away from
 r = 0, the unit is that of the terms whose difference it is. Left out are numbers, and results,
 below twice the smallest normal number, which XLA on a CPU flushes to 0.
+
+"Derivatives" are all first and second ones, in the residual and every parameter, in float32 and
+float64, at points of a sample: the worst, in units of the larger of |F| and |r dF/dr|.
 """
 
 from __future__ import annotations
@@ -28,6 +31,8 @@ from rich.table import Table
 
 import robustloss as rl
 from experiments import Keep, Progress, UsageError, _results, compute
+from experiments._derivatives import Off
+from experiments._derivatives import worst as _worst_derivative
 from experiments._losses import EXAMPLES, example, with_delta
 
 VIEWS = ("value", "slope", "curvature")
@@ -52,6 +57,7 @@ LIMITS = {  # what this library promises, in ulp of float32
     "general": (5.0, 5.0, 8.0),
 }
 HALF_LIMIT = 0.51
+DERIVATIVES_LIMIT = 10
 OTHERS = {
     "optax.squared_error": ("squared_error", lambda delta: optax.squared_error),
     "optax.huber_loss": ("huber", lambda delta: partial(optax.huber_loss, delta=delta)),
@@ -71,6 +77,8 @@ class Config:
     """Of the losses that have one."""
     others: bool = True
     """The losses of optax too."""
+    points: int = 100
+    """How many points all derivatives are compared with mpmath at, per loss and precision."""
     out: Path | None = None
     """Where to write; results/accuracy by default."""
 
@@ -89,6 +97,7 @@ class Result(NamedTuple):
     numbers: int
     single: dict[str, dict[str, Worst]]
     half: dict[str, dict[str, dict[str, Worst]]]  # by dtype
+    derivatives: dict[str, Off]  # first and second ones, of every loss
 
 
 def run(
@@ -97,6 +106,8 @@ def run(
     """Measures every loss."""
     if not 0 < config.delta < np.inf:
         raise UsageError(f"--delta must be a positive number, got {config.delta}.")
+    if config.points < 1:
+        raise UsageError(f"--points must be >= 1, got {config.points}.")
     stride = 1 if config.exhaustive else 1021
     numbers = -(-(2**32) // stride)
     cases = {name: (name, partial(with_delta, name)) for name in LIMITS}
@@ -130,7 +141,23 @@ def run(
             }
             for dtype in (jnp.float16, jnp.bfloat16)
         }
-    return Result(numbers, single, half)
+    derivatives = {}
+    for name in rl.LOSSES:
+        progress(1.0, f"{name}, derivatives")
+        found = keep(f"{name}-derivatives-{config.points}", partial(_derivatives, name, config))
+        derivatives[name] = Off(
+            float(found["ulp"]),
+            tuple(map(int, found["of"])),
+            tuple(map(float, found["at"])),
+            float(found["got"]),
+            float(found["true"]),
+        )
+    return Result(numbers, single, half, derivatives)
+
+
+def _derivatives(name: str, config: Config) -> dict[str, Any]:
+    both = [_worst_derivative(name, dtype, config.points) for dtype in (np.float32, np.float64)]
+    return max(both, key=lambda off: off.ulp)._asdict()
 
 
 def check(result: Result) -> None:
@@ -144,6 +171,8 @@ def check(result: Result) -> None:
                 worst = losses[name][view]
                 assert worst.ulp <= HALF_LIMIT, f"{name}, {dtype}: {worst}"
                 assert not worst.wrong, f"{name}, {dtype}: {worst}"
+    for name, off in result.derivatives.items():
+        assert off.ulp <= DERIVATIVES_LIMIT, f"{name}, derivatives: {off}"
     measured = {name for name in rl.LOSSES if example(name)(0.0) == 0}  # not the likelihoods
     assert set(LIMITS) == measured, "a loss without limits in experiments/accuracy.py"
 
@@ -160,7 +189,9 @@ def findings(result: Result) -> list[str]:
         f"No loss of this library is off by more than {worst:.3g} units in the last place, of "
         f"{result.numbers:,} float32 numbers, nor {HALF_LIMIT:g} of any in a 16-bit type, "
         "but for the subnormal ones; 'wrong' counts results that are NaN or of the wrong sign, or "
-        "that over- or underflow on their own."
+        "that over- or underflow on their own.",
+        "No first or second derivative, in the residual or a parameter, is off by more than "
+        f"{max(off.ulp for off in result.derivatives.values()):.3g} units at the points tried.",
     ]
 
 
@@ -171,6 +202,7 @@ def files(config: Config, result: Result) -> dict[str, bytes]:
             config,
             numbers=result.numbers,
             float32=_plain(result.single),
+            derivatives={name: off._asdict() for name, off in result.derivatives.items()},
             **{dtype: _plain(losses) for dtype, losses in result.half.items()},
         )
     }
@@ -376,14 +408,18 @@ def _plain(losses: dict[str, dict[str, Worst]]) -> dict[str, Any]:
 
 
 def _table(result: Result) -> Table:
-    table = Table("loss", *[f"{v}, ulp (at r)" for v in VIEWS], "float16", "bfloat16", "wrong")
-    for name, views in result.single.items():
-        halves = [losses[name] for losses in result.half.values()]
-        wrong = sum(w.wrong for v in (views, *halves) for w in v.values())
-        table.add_row(
-            name,
-            *[f"{views[v].ulp:.3g} ({views[v].at:.3g})" for v in VIEWS],
-            *[f"{max(w.ulp for w in half.values()):.3g}" for half in halves],
-            f"{wrong:,}",
-        )
+    halves = list(result.half.values())
+    table = Table(
+        "loss", *[f"{v}, ulp (at r)" for v in VIEWS], "float16", "bfloat16", "wrong", "derivatives"
+    )
+    for name in {**result.single, **result.derivatives}:
+        views = result.single.get(name)
+        cells = ["-"] * (len(VIEWS) + 3)
+        if views:
+            every = [w for v in (views, *(losses[name] for losses in halves)) for w in v.values()]
+            cells = [f"{views[v].ulp:.3g} ({views[v].at:.3g})" for v in VIEWS]
+            cells += [f"{max(w.ulp for w in losses[name].values()):.3g}" for losses in halves]
+            cells += [f"{sum(w.wrong for w in every):,}"]
+        off = result.derivatives.get(name)
+        table.add_row(name, *cells, f"{off.ulp:.3g}" if off else "-")
     return table

@@ -7,13 +7,18 @@ parameters with `functools.partial`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from robustloss.losses._elementwise import check_loss, residual
+from robustloss.losses._elementwise import check_loss, frexp, residual
+from robustloss.losses._extended import ldexp
+from robustloss.losses.adaptive import gaussian_nll, general
+from robustloss.losses.asymmetric import expectile
+from robustloss.losses.convex import squared_error
 
 __all__ = ["curvature", "influence", "weight"]
 
@@ -93,14 +98,42 @@ def weight(loss: Loss, predictions: ArrayLike, targets: ArrayLike | None = None)
     Array([ inf, 2.  , 0.25], dtype=float32)
     """
     r, dtype = residual(predictions, targets)
-    slope, bend = _derivative(loss), _derivative(_derivative(loss))(r)
+    bend = _derivative(_derivative(loss))(r)
+    original, r, loss = r, *_in_a_large_unit(loss, r)
+    slope = _derivative(loss)
     # Next to 0 a smooth influence is about bend * r; one that jumps is far above it.
     beside = jnp.finfo(r.dtype).tiny
     psi = slope(jnp.where(r == 0, beside, r))
     jumps = jnp.abs(psi) > (1 + jnp.abs(bend)) * beside / jnp.finfo(r.dtype).eps
     at_zero = jnp.where(jumps, jnp.copysign(jnp.inf, psi), bend)
     ratio = psi / jnp.where(r == 0, beside, r)
-    return jnp.where(r == 0, at_zero, jnp.where(jnp.isinf(r), bend, ratio)).astype(dtype)
+    if _function(loss) is gaussian_nll:
+        ratio = bend  # the same everywhere, also where psi overflows
+    limit = jnp.where(jnp.isinf(original), bend, ratio)
+    return jnp.where(original == 0, at_zero, limit).astype(dtype)
+
+
+def _in_a_large_unit(loss: Loss, r: Array) -> tuple[Array, Loss]:
+    """A large residual, with `delta`, in a unit in which it is near 1.
+
+    The weight is the same there, and an influence that grows like r or faster does not
+    overflow. This is for the losses of the library that have such an influence.
+    """
+    function = _function(loss)
+    if function not in (squared_error, expectile, general):
+        return r, loss
+    mantissa, exponent = frexp(jnp.where(jnp.isfinite(r), r, 1))
+    large = jnp.isfinite(r) & (exponent > 0)
+    exponent = jnp.where(large, -exponent, 0)
+    if function is general:
+        given = loss.keywords if isinstance(loss, partial) else {}
+        delta = jnp.asarray(given.get("delta", 1.0), r.dtype)
+        loss = partial(loss, delta=jnp.where(jnp.isinf(delta), delta, ldexp(delta, exponent)))
+    return jnp.where(large, mantissa, r), loss
+
+
+def _function(loss: Loss) -> Loss:
+    return loss.func if isinstance(loss, partial) else loss
 
 
 def _derivative(loss: Loss) -> Callable[[Array], Array]:

@@ -285,6 +285,48 @@ def test_strict_promotion_at_every_order(name):
             jax.eval_shape(jax.grad(jax.grad(by_delta)), jnp.float32(1.5))
 
 
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("name", few_first(NAMES))
+def test_strict_promotion_of_ranks_and_types(name, x64):
+    """Value and gradients in everything, with traced scalars as parameters."""
+    with (
+        jax.enable_x64(x64),
+        jax.numpy_rank_promotion("raise"),
+        jax.numpy_dtype_promotion("strict"),
+    ):
+        for dtype in (jnp.float16, jnp.float32, *([jnp.float64] if x64 else [])):
+            given = {k: jnp.asarray(0.25, dtype) for k in knobs(name) if k not in ("kink", "knots")}
+
+            def total(r, given):
+                return LOSSES[name](r, **given).sum()
+
+            slopes = jax.grad(total, (0, 1))
+            r = jnp.ones(3, dtype)
+            got = jax.eval_shape(slopes, r, given)
+            chex.assert_type(jax.tree.leaves(got), dtype)
+            bends = jax.grad(lambda r, given: sum(map(jnp.sum, jax.tree.leaves(slopes(r, given)))))  # noqa: B023
+            chex.assert_type(jax.eval_shape(bends, r, given), dtype)
+
+
+@pytest.mark.parametrize("subnormal", [1e-38, 1e-50, np.float32(1e-39), jnp.bfloat16(1e-39)])
+@pytest.mark.parametrize("name", [n for n in NAMES if {"delta", "scale"} & set(knobs(n))])
+def test_a_scale_that_counts_as_0_is_refused(name, subnormal):
+    (knob,) = {"delta", "scale"} & set(knobs(name))
+    words = f"{knob} must be at least 4.7e-38, as next to nothing counts as 0 in float32"
+    with pytest.raises(ValueError, match=re.escape(words)):
+        LOSSES[name](0.0, **{knob: subnormal})
+    traced = jax.jit(lambda d: LOSSES[name](0.0, **{knob: d}))
+    assert np.isnan(traced(jnp.float32(1e-38)))
+    assert not np.isnan(traced(jnp.float32(5e-38)))
+
+
+def test_a_scale_that_counts_as_0_in_the_type_of_the_residual():
+    with jax.enable_x64(True):
+        with pytest.raises(ValueError, match="1e-40 counts as 0 in float32"):
+            rl.welsch(jnp.float32(0.0), delta=1e-40)
+        assert rl.welsch(0.0, delta=1e-40) == 0
+
+
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize("name", FEW)
 def test_differences_that_16_bits_cannot_hold(name, dtype):

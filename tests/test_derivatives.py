@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import chex
 import jax
@@ -22,6 +23,7 @@ from mpmath import mp, mpf
 from witnesses import FEW, TRUTH, at_infinity, few_first, loss
 
 import robustloss as rl
+from experiments import _derivatives, _truth
 from robustloss.losses import asymmetric, convex, redescending
 
 NAMES = sorted(TRUTH)
@@ -148,6 +150,113 @@ def check_special(name, views, delta):
 def rounded(x: list[float]) -> np.ndarray:
     with np.errstate(over="ignore"):
         return np.float64(x).astype(np.float32)
+
+
+SMALL = [(0.5 * d, d) for d in (1e-19, 1e-20, 1e-30)] + [(2 * d, d) for d in (1e-19, 1e-20)]
+HARD = {  # of (r, *parameters): where derivatives were wrong, or NaN, in spite of a right value
+    "general": [
+        *((r, 2, 1) for r in (1e8, 1e10, 1e30)),
+        *((r, -INF, 1) for r in (0.7, 1e10, 1e20)),
+        *((r, alpha, 1) for r in (1e11, 1e20) for alpha in (1.41, 1.7, 1.999, 3)),
+        *((r, alpha, 1) for r in (30, 1e8, 1e12) for alpha in (0.9999999, 1, 1.0000001)),
+        (0.5, 0, 1e-18),
+    ],
+    "student_t_nll": [
+        *((r, df, 1) for r in (1e-3, 0.9, 30) for df in (18, 23.9, 24.1, 1e4, 1e7)),
+        *((r, 3, 1e-20) for r in (1e-20, 0.5e-20, 1)),
+    ],
+    "general_nll": [(r, alpha, 1) for r in (0.3, 4) for alpha in (0, 1e-6, 1e-3, 1.9999)],
+    "log_cosh": [*((u, 1) for u in (1e-4, 1e-3, 0.1, 0.63, 0.66, 0.99, 1.01)), *SMALL],
+    "welsch": [*((u, 1) for u in (1e-4, 2, 5, 9, 9.3)), *SMALL],
+    "tukey": SMALL,
+    "andrews": SMALL,
+    "hampel": [(4e-20, 1e-20), (5e-20, 1e-20)],
+    "gaussian_nll": [*SMALL, (2e38, 1), (1e30, 1e10)],
+    "laplace_nll": SMALL,
+}
+SLOW = ("general", "general_nll", "student_t_nll")  # to compile
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("name", rl.LOSSES)
+def test_first_and_second_derivatives_in_ulps(name, dtype):
+    """In the residual and every parameter, against mpmath."""
+    many = 10 if name == "general_nll" else 30
+    off = _derivatives.errors(name, dtype, many, also=HARD.get(name, ()))
+    assert [x for x in off if x.ulp > 10] == []
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("name", rl.LOSSES)
+def test_first_and_second_derivatives_in_ulps_at_many_points(name, dtype):
+    """And in either order of two arguments."""
+    off = _derivatives.errors(name, dtype, 800, seed=1, every_order=True)
+    limit = 25 if name == "general" else 10
+    assert [x for x in off if x.ulp > limit] == []
+
+
+def test_the_measure_of_derivatives_measures():
+    """The series give what differences do, and an error of an ulp counts as one."""
+    for name in ("cauchy", "student_t_nll", "general_nll", "hampel"):
+        point = (0.7, *(0.6,) * len(_truth.FORMULAS[name][1]))
+        for of, (value, change) in _truth.derivatives(name, *point).items():
+            orders = [of.count(k) for k in range(len(point))]
+
+            def f(*x, name=name):
+                return _truth.FORMULAS[name][0](*_truth.variables(*x)).value
+
+            with mp.workdps(60):
+                numeric = mp.diff(f, point, tuple(orders), h=mpf("1e-10"))
+                orders[0] += 1
+                slope = mp.diff(f, point, tuple(orders), h=mpf("1e-10"))
+                assert abs(numeric - value) < 1e-7, (name, of)
+                assert abs(point[0] * slope - change) < 1e-7, (name, of)
+    for got, ulp in ((1.0, 0.0), (1 + 2.0**-23, 1.0), (NAN, INF), (INF, INF)):
+        assert _derivatives.off_by(got, mpf(1), mpf(0), np.float32) == ulp
+    assert _derivatives.off_by(INF, mpf(10) ** 39, mpf(0), np.float32) == 0
+    assert _derivatives.off_by(-INF, mpf(10) ** 39, mpf(0), np.float32) == INF
+    assert _derivatives.off_by(1.0, mpf(10) ** -39, mpf(0), np.float32) == INF
+    assert _derivatives.off_by(1 + 2.0**-23, mpf(1), mpf(8), np.float32) == 0.125
+
+
+@pytest.mark.parametrize("name", ["tukey", "welsch", "log_cosh", "andrews"])
+def test_third_derivatives_in_ulps(name):
+    point = _derivatives.sample(name, np.float64, 200)
+    with jax.enable_x64(True):
+        got = jax.jit(jax.vmap(jax.grad(jax.grad(jax.grad(of_two(name))))))(*point)
+    for g, r, d in zip(np.asarray(got), *point, strict=True):
+        with mp.workdps(_truth.DIGITS):
+            at = _truth.FORMULAS[name][0](*_truth.variables(mpf(r), mpf(d)))
+            third = at.derivative((3, 0))
+        assert _derivatives.off_by(float(g), third, 2 * third, np.float64) < 12, (r, d)
+
+
+@pytest.mark.parametrize("name", rl.LOSSES)
+def test_nan_and_infinite_residuals_at_every_order(name):
+    """NaN in the value and in every derivative that depends on r; at infinity, the limits."""
+    _, parameters = _truth.FORMULAS[name]
+    point = [{"q": 0.25, "df": 3.0, "alpha": 1.25}.get(p, 1.5) for p in parameters]
+    r = jnp.array([NAN, INF, -INF])
+    at = [r, *(jnp.full(3, p) for p in point)]
+    assert np.isnan(rl.LOSSES[name](r, **dict(zip(parameters, point, strict=True)))[0])
+    for of, got in _derivatives.computed(name, at).items():
+        assert np.isnan(got[0]), of
+        assert not np.isnan(got[1:]).any(), of
+
+
+def test_the_limits_of_student_t_at_infinity():
+    at = [jnp.array([INF, -INF]), jnp.full(2, 3.0), jnp.full(2, 2.0)]
+    got = _derivatives.computed("student_t_nll", at)
+    for of, limit in {(0, 0): 0, (0, 1): 0, (0, 2): 0, (1, 2): -0.5, (2,): -1.5}.items():
+        np.testing.assert_allclose(got[of], limit, rtol=1e-6)
+    np.testing.assert_allclose(got[2, 2], 0.75, rtol=1e-6)
+
+
+def test_the_end_of_the_range():
+    np.testing.assert_allclose(rl.tukey(1e30, delta=2e19), 2e19 * (2e19 / 6), rtol=1e-6)
+    slope = jax.jit(jax.vmap(jax.grad(rl.gaussian_nll)))
+    np.testing.assert_array_equal(slope(jnp.float32([1.7e38, -3e38])), np.float32([1.7e38, -3e38]))
 
 
 def of_kink(r, kink):
@@ -292,7 +401,9 @@ def test_shard_map_on_one_device():
 
 
 def test_shard_map_on_eight_devices():
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    root = str(Path(__file__).parents[1])
+    flags = "--xla_force_host_platform_device_count=8"
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": root}
     run = [sys.executable, "-W", "error", __file__]
     subprocess.run(run, env=environment, check=True, timeout=200)
 

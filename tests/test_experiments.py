@@ -221,8 +221,13 @@ def test_accuracy_holds_and_would_notice(monkeypatch):
     monkeypatch.setattr(
         accuracy, "OTHERS", {k: v for k, v in accuracy.OTHERS.items() if "cosh" in k}
     )
-    result = accuracy.run(accuracy.Config())
+    result = accuracy.run(accuracy.Config(points=30))
     accuracy.check(result)
+    assert 1 < result.derivatives["tukey"].ulp < 5
+    assert any("derivative" in sentence for sentence in accuracy.findings(result))
+    wrong = result.derivatives | {"tukey": result.derivatives["tukey"]._replace(ulp=10.5)}
+    with pytest.raises(AssertionError, match="tukey, derivatives"):
+        accuracy.check(result._replace(derivatives=wrong))
     assert 1 < result.single["tukey"]["slope"].ulp < 5
     ours = (result.single[name] for name in rl.LOSSES)
     assert all(w.wrong == 0 for views in ours for w in views.values())
@@ -352,7 +357,12 @@ def test_too_few_steps_say_so(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "options",
-    [["accuracy", "--delta", "0"], ["kink", "--steps", "0"], ["speed", "--repeats", "0"]],
+    [
+        ["accuracy", "--delta", "0"],
+        ["accuracy", "--points", "0"],
+        ["kink", "--steps", "0"],
+        ["speed", "--repeats", "0"],
+    ],
     ids=str,
 )
 def test_other_experiments_refuse_bad_settings(options, tmp_path, capsys):

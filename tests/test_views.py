@@ -137,3 +137,14 @@ def test_inputs_and_errors(view):
             chex.assert_type(jax.eval_shape(partial(view, LOSSES[name]), zeros, ones), dtype)
     with jax.enable_x64(True):
         assert view(rl.huber, [3.0]).dtype == jnp.float64
+
+
+def test_a_weight_where_the_influence_overflows():
+    r = np.float32([1e-3, 1.0, 1e20, -1e30])
+    for delta in (1.0, 4.0):
+        cubic = partial(rl.general, alpha=3.0, delta=delta)
+        want = np.sqrt(1 + (r.astype(float) / delta) ** 2)
+        np.testing.assert_allclose(rl.weight(cubic, r), want, rtol=1e-6)
+    np.testing.assert_array_equal(rl.weight(rl.squared_error, np.float32([1.0, 3e38])), 2)
+    small = partial(rl.gaussian_nll, scale=1e-10)
+    np.testing.assert_allclose(rl.weight(small, np.float32([0.0, 1.0, 1e20])), 1e20, rtol=1e-6)

@@ -37,6 +37,13 @@ def elementwise(
             )
     dtype = jnp.result_type(dtype, *parameters)
     wide = at_least_float32(dtype)
+    for parameter in parameters:
+        given = readable(parameter) if parameter.dtype.itemsize > wide.itemsize else None
+        if given is not None and np.any((given != 0) & (np.abs(given) < jnp.finfo(wide).tiny)):
+            smallest = np.abs(given)[given != 0].min()
+            raise ValueError(
+                f"a parameter of {smallest} counts as 0 in {wide}, the residual's type"
+            )
     return kernel(r.astype(wide), *(p.astype(wide) for p in parameters)).astype(dtype)
 
 
@@ -89,8 +96,18 @@ def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
 
 
 def positive(name: str, x: ArrayLike) -> Array:
-    """A parameter that must be > 0: ValueError where it can be read, NaN where it is traced."""
-    return constrained(name, "must be > 0", lambda x: x > 0, x)
+    """A parameter that must be > 0: ValueError where it can be read, NaN where it is traced.
+
+    XLA on a CPU reads subnormal numbers as 0. So these are refused, too, and numbers of which a
+    quarter, which some losses count in, would be subnormal.
+    """
+    array = constrained(name, "must be > 0", lambda x: x > 0, x)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return array
+    wide = at_least_float32(array.dtype)
+    least = 4 * float(jnp.finfo(wide).tiny)
+    law = f"must be at least {least:.3g}, as next to nothing counts as 0 in {wide}"
+    return constrained(name, law, lambda x: x >= least, array if readable(x) is None else x)
 
 
 def between(name: str, x: ArrayLike, low: float, high: float) -> Array:
@@ -158,6 +175,21 @@ def with_partials(*partials: Kernel) -> Callable[[Kernel], Kernel]:
         return whole(kernel)
 
     return decorate
+
+
+def partials_of(formula: Kernel, arguments: int) -> list[Kernel]:
+    """The partial derivatives of a formula, for a kernel that says the same with more care."""
+
+    def partial_of(i: int) -> Kernel:
+        def slope(*x: Array) -> Array:
+            def along(y: Array) -> Array:
+                return formula(*x[:i], y, *x[i + 1 :])
+
+            return jax.jvp(along, (x[i],), (jnp.ones_like(x[i]),))[1]
+
+        return slope
+
+    return [partial_of(i) for i in range(arguments)]
 
 
 def whole(kernel: Kernel) -> Kernel:

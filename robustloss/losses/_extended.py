@@ -5,10 +5,15 @@ rounding would be an error of the result.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+import operator
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from robustloss.losses._elementwise import frexp, product
@@ -59,9 +64,15 @@ def one_plus_square(r: Array, b: Array, lost: Array, delta: Array) -> OnePlus:
     lost_log = lost_log + (
         j.astype(f.dtype) * low + 2 * (lost_s + s * (s * s) * atanh_series(s * s))
     )
-    inverse = ldexp(1 / (1 + n), -j)
+    # t and 1 / w are quotients by 1 + n, with what all roundings before took from them.
+    one = jnp.ones_like(n)
+    d, lost_d = sum_of_two(one, n)
+    lost_d = lost_d + lost_n
+    t, lost_t = _quotient(scaled, d)
+    t = t + (lost_t + (ldexp(lost_f, k - j) - t * lost_d) / d)
+    inverse, lost_inverse = _quotient(one, d)
+    inverse = ldexp(inverse + (lost_inverse - inverse * lost_d / d), -j)
     y = ldexp(f, k)
-    t = jnp.where(j < 20, y * inverse, 1 - inverse)
     log, lost_log = sum_of_two(log, lost_log)
     # With a power in the same loop, the vectoriser of jaxlib 0.12 takes minutes: so, a fence.
     return OnePlus(y, lax.optimization_barrier(log), lost_log, t, inverse)
@@ -93,6 +104,36 @@ def exp_ratio(h: Array, lost: Array) -> tuple[Array, Array]:
     far = (ldexp(power, n - above) - ldexp(jnp.ones_like(h), -above)) / jnp.where(near, 1, h + lost)
     ratio = jnp.where(near, jnp.exp(half + 0.5 * lost) * series, far)
     return ratio, jnp.where(near, 0, above)
+
+
+@jax.custom_jvp
+def multiply(*factors: Array) -> Array:
+    """The product of the factors, of which only the result over- or underflows.
+
+    (A chain of divisions is no such thing: XLA takes x / y / z for x / (y z).)
+    """
+    return multiply_exactly(factors)
+
+
+def multiply_exactly(factors: Sequence[Array], exponent: ArrayLike = 0) -> Array:
+    """`multiply`, and the result times `2**exponent`; to be differentiated by a rule alone."""
+    infinite = reduce(operator.or_, (jnp.isinf(x) for x in factors))
+    mantissas, exponents = zip(*(frexp(finite(x)) for x in factors), strict=True)
+    product = ldexp(reduce(operator.mul, mantissas), reduce(operator.add, exponents) + exponent)
+    return jnp.where(infinite, reduce(operator.mul, factors), product)
+
+
+def _multiply_rule(factors: Sequence[Array], tangents: Sequence[Any]) -> tuple[Array, Array]:
+    out = multiply(*factors)
+    change = jnp.zeros_like(out)
+    for k, t in enumerate(tangents):
+        if not isinstance(t, SymbolicZero):
+            others = [x for i, x in enumerate(factors) if i != k]
+            change = change + (multiply(*others) if others else 1) * t
+    return out, change
+
+
+multiply.defjvp(_multiply_rule, symbolic_zeros=True)
 
 
 def sum_of_two(x: Array, y: Array) -> tuple[Array, Array]:

@@ -41,6 +41,12 @@ def flat(r: Array) -> Array:
     return jnp.where(jnp.isnan(r), r, 0.0)
 
 
+@with_partials(lambda r, p: flat(r), lambda r, p: flat_in(r, p))
+def flat_in(r: Array, p: Array) -> Array:
+    """0, and so is every derivative in the parameter p; NaN stays NaN in each."""
+    return flat(r) + flat(p)
+
+
 def finite(x: Array, room: float = 1.0) -> Array:
     """inf as the largest number (over `room`), so that inf - inf and 0 * inf do not arise."""
     return jnp.minimum(x, float(jnp.finfo(x.dtype).max) / room)

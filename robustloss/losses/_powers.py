@@ -15,13 +15,14 @@ from robustloss.losses._extended import (
     clamped,
     exponential,
     ldexp,
+    multiply,
     one_plus_square,
     sum_of_two,
     times,
 )
 from robustloss.losses._pieces import polynomial
 
-HUGE = 2.0**80  # from where alpha is infinite to every digit; 2 +- 1 / HUGE is 2
+HUGE = 2.0**80  # from where degrees of freedom are infinite to every digit
 TERMS = {"float32": 16, "float64": 27}  # of series in |x| < 2
 
 
@@ -70,7 +71,7 @@ def inverse(r: Array, b: Array, delta: Array) -> Array:
 
 
 @with_partials(
-    lambda r, b, d: inverse(r, b, d) * (1 - 2 * fraction(r, b, d)) / b / d / d,
+    lambda r, b, d: (1 - 2 * fraction(r, b, d)) * pull_per_residual(r, b, d),
     lambda r, b, d: -pull(r, b, d) * inverse(r, b, d) / b,
     lambda r, b, d: -2 * pull(r, b, d) * inverse(r, b, d) / d,
 )
@@ -78,6 +79,18 @@ def pull(r: Array, b: Array, delta: Array) -> Array:
     """t / r."""
     near = ratio(r, delta) / b * inverse(r, b, delta) / delta
     return jnp.where(root(r, b, delta) > 1, fraction(r, b, delta) / r, near)
+
+
+@with_partials(
+    lambda r, b, d: -2 * pull(r, b, d) * pull_per_residual(r, b, d),
+    lambda r, b, d: -pull_per_residual(r, b, d) * inverse(r, b, d) / b,
+    lambda r, b, d: -2 * pull_per_residual(r, b, d) * inverse(r, b, d) / d,
+)
+def pull_per_residual(r: Array, b: Array, delta: Array) -> Array:
+    """t / r**2 = 1 / (b delta**2 + r**2)."""
+    near = multiply(inverse(r, b, delta), 1 / b, 1 / delta, 1 / delta)
+    far = multiply(fraction(r, b, delta), 1 / r, 1 / r)
+    return jnp.where(root(r, b, delta) > 1, far, near)
 
 
 @with_partials(
@@ -108,13 +121,17 @@ def log_of(r: Array, alpha: Array, delta: Array) -> Array:
 def moment(k: int, x: Array, shift: Array) -> Array:
     """Integral of v**k exp(x v - shift) over v from 0 to 1."""
     small, constant = jnp.abs(x) < 2, jnp.exp(-shift)
-    y, far = jnp.where(small, x, 0), jnp.where(small, 1, x)
+    up, down = jnp.where(small & (x >= 0), x, 0), jnp.where(small & (x < 0), -x, 0)
+    far = jnp.where(small, 2, x)
     top, closed = jnp.exp(x - shift), jnp.zeros_like(x)
     for j in range(k + 1):
         closed = (top - (j * closed if j else constant)) / far
+    # Series of positive terms: of exp(x v), and for x < 0 of exp(x) exp(-x (1 - v)).
     terms = range(TERMS[x.dtype.name])
-    coefficients = tuple(1 / (math.factorial(n) * (n + k + 1)) for n in terms)
-    return jnp.where(small, constant * polynomial(y, coefficients), closed)
+    rising = tuple(1 / (math.factorial(n) * (n + k + 1)) for n in terms)
+    falling = tuple(math.factorial(k) / math.factorial(n + k + 1) for n in terms)
+    series = jnp.where(x < 0, top * polynomial(down, falling), constant * polynomial(up, rising))
+    return jnp.where(small, series, closed)
 
 
 def tail(L: Array) -> Array:
@@ -122,18 +139,28 @@ def tail(L: Array) -> Array:
     return L**2 * moment(1, L, L)
 
 
+def bounded(alpha: Array) -> Array:
+    """alpha, but finite where it is infinite to every digit of the power."""
+    return clamped(alpha, _bound(alpha))
+
+
+def _bound(alpha: Array) -> float:
+    """2 +- 1 / bound is 2, too. Where it is larger, u**2 / b is 0 before the derivatives are."""
+    return 2.0**40 if alpha.dtype == jnp.float32 else 2.0**80
+
+
 def two_minus(alpha: Array) -> Array:
     """beta; next to 0 at alpha = 2 and finite at infinity."""
-    beta = 2 - clamped(alpha, HUGE)
-    return jnp.where(beta == 0, 1 / HUGE, beta)
+    beta = 2 - bounded(alpha)
+    return jnp.where(beta == 0, 1 / _bound(alpha), beta)
 
 
 def two_minus_exactly(alpha: Array) -> tuple[Array, Array]:
     """The same in two numbers."""
-    minus, two = -clamped(alpha, HUGE), jnp.full_like(alpha, 2)
+    minus, two = -bounded(alpha), jnp.full_like(alpha, 2)
     large = jnp.abs(minus) > 2
     beta, lost = sum_of_two(jnp.where(large, minus, two), jnp.where(large, two, minus))
-    return jnp.where(beta == 0, 1 / HUGE, beta), lost
+    return jnp.where(beta == 0, 1 / _bound(alpha), beta), lost
 
 
 def tame(r: Array) -> Array:
@@ -164,6 +191,13 @@ def at_infinity(r: Array, limit: ArrayLike, formula: Array) -> Array:
 def at_two(r: Array, alpha: Array, formula: Array, limit: ArrayLike) -> Array:
     """The limit at alpha = 2, but for r = 0 and a formula that says NaN."""
     return jnp.where((alpha == 2) & (r != 0) & ~jnp.isnan(formula), limit, formula)
+
+
+def past_bound(alpha: Array, formula: Array, k: int = 2) -> Array:
+    """A derivative in alpha, which falls like |alpha|**-k where alpha is replaced by its bound."""
+    scale = (bounded(alpha) / alpha) ** k
+    scaled = jnp.where(jnp.abs(alpha) > _bound(alpha), formula * scale, formula)
+    return jnp.where(jnp.isinf(alpha) & ~jnp.isnan(formula), 0, scaled)
 
 
 def per(x: Array, r: Array) -> Array:

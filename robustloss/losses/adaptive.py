@@ -8,6 +8,7 @@ without it, the largest scale and the smallest alpha would always win.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -17,8 +18,8 @@ from robustloss.losses._elementwise import (
     between,
     elementwise,
     frexp,
+    partials_of,
     positive,
-    whole,
     with_partials,
 )
 from robustloss.losses._extended import (
@@ -27,17 +28,19 @@ from robustloss.losses._extended import (
     exponential,
     finite,
     ldexp,
+    multiply,
+    multiply_exactly,
     one_plus_square,
     sum_of_two,
     times,
 )
-from robustloss.losses._pieces import polynomial
+from robustloss.losses._pieces import flat, polynomial
 from robustloss.losses._powers import (
     HUGE,
-    TERMS,
     above_0,
     at_infinity,
     at_two,
+    bounded,
     fraction,
     fraction_of,
     inverse,
@@ -45,9 +48,11 @@ from robustloss.losses._powers import (
     log_w,
     moment,
     negative,
+    past_bound,
     per,
     power_of,
     pull,
+    pull_per_residual,
     ratio,
     sign_infinity,
     tail,
@@ -55,9 +60,10 @@ from robustloss.losses._powers import (
     two_minus,
     two_minus_exactly,
 )
-from robustloss.losses.convex import absolute_error
 
 __all__ = ["gaussian_nll", "general", "general_nll", "laplace_nll", "student_t_nll"]
+
+_ROOT3 = math.sqrt(3)
 
 
 def general(
@@ -132,7 +138,7 @@ def general(
 def _general(r: Array, alpha: Array, delta: Array) -> Array:
     beta, lost = two_minus_exactly(alpha)
     b, w = jnp.abs(beta + lost), one_plus_square(r, beta, lost, delta)
-    growth, exponent = exp_ratio(*times(0.5 * clamped(alpha, HUGE), 0.0, w))
+    growth, exponent = exp_ratio(*times(0.5 * bounded(alpha), 0.0, w))
     (m, e), (scale, e_scale) = frexp(tame(r)), frexp(finite(delta))
     # (r**2 / 2) (L / y) growth, y = u**2 / b, where L = y to the last digit; else delta**2 b L / 2.
     tiny = w.y < 0.5 * jnp.finfo(r.dtype).eps
@@ -168,7 +174,8 @@ def _curvature(r: Array, alpha: Array, delta: Array) -> Array:
     beta, lost = two_minus_exactly(alpha)
     w = one_plus_square(r, beta, lost, delta)
     power, exponent = exponential(*times(-0.5 * beta, -0.5 * lost, w))
-    inner = (alpha >= 1) & (alpha <= 2)  # there, without a difference
+    # Next to alpha = 1 and beyond w = 2 the smaller terms are those of the second form.
+    inner = (alpha >= 0) & (alpha <= 2) & ((alpha >= 0.5) | (w.y > 1))
     bend = jnp.where(inner, (clamped(alpha, 4) - 1) + beta * w.inverse, 1 - beta * w.t)
     limit = jnp.where(alpha == 2, 1, jnp.where(alpha > 2, jnp.inf, 0))
     return at_infinity(r, limit, ldexp(power * bend, exponent))
@@ -200,12 +207,22 @@ def _curvature_by_alpha(r: Array, alpha: Array, delta: Array) -> Array:
 )
 def _slope_by_alpha(r: Array, alpha: Array, delta: Array) -> Array:
     """r E (L - t) / 2."""
-    beta = two_minus(alpha)
-    x = tame(r)
-    by_alpha = 0.5 * _slope(x, alpha, delta) * tail(log_w(x, jnp.abs(beta), delta))
+    x = _terms(r, alpha, delta)
+    power, exponent = x.power
+    by_alpha = multiply_exactly(
+        (
+            tame(r),
+            power,
+            0.5 * x.L,
+            x.L,
+            x.s,
+        ),
+        exponent,
+    )
     sign = jnp.sign(r)
     limit = jnp.where(alpha < 1, 0, sign * jnp.inf)
-    return at_infinity(r, limit, at_two(r, alpha, by_alpha, sign * jnp.inf))
+    by_alpha = at_two(r, alpha, past_bound(alpha, by_alpha), sign * jnp.inf)
+    return at_infinity(r, limit, by_alpha)
 
 
 @with_partials(
@@ -215,17 +232,65 @@ def _slope_by_alpha(r: Array, alpha: Array, delta: Array) -> Array:
 )
 def _slope_by_delta(r: Array, alpha: Array, delta: Array) -> Array:
     """r E beta t / delta."""
-    beta = two_minus(alpha)
-    x = tame(r)
-    by_delta = _slope(x, alpha, delta) / delta * (beta * fraction(x, jnp.abs(beta), delta))
+    x = _terms(r, alpha, delta)
+    power, exponent = x.power
+    by_delta = multiply_exactly(
+        (
+            tame(r),
+            1 / finite(delta),
+            power,
+            x.beta,
+            x.t,
+        ),
+        exponent,
+    )
     limit = jnp.where(alpha == 1, 1, jnp.where(alpha < 1, 0, sign_infinity(2 - alpha)))
     return at_two(r, alpha, at_infinity(r, jnp.sign(r) * limit, by_delta), 0.0)
 
 
-# What alpha and delta do to the value are integrals over x from 0 to L, a = alpha / 2:
-#   d / d alpha = delta**2 (b / 4) I,  I = integral of exp(a x) (x - 1 + exp(-x)),
-#   d / d delta = delta (beta b / 2) T,  T = integral of exp(a x) (1 - exp(-x)).
-# Nothing in them cancels, and parts give closed forms in moments of the exponential function.
+# What alpha and delta do to the value are integrals over x from 0 to L, with a = alpha / 2,
+# t = 1 - exp(-x) and s = x - t:
+#   d / d delta = delta (beta b / 2) T,              T = integral of exp(a x) t,
+#   d / d alpha = delta**2 (b / 4) S,                S = integral of exp(a x) s,
+#   d2 / d alpha2 = +-delta**2 / 4 integral of exp(a x) ((1 - a) s**2 + t**2),
+#   d2 / d alpha d delta = delta (b / 2) integral of exp(a x) ((1 - a) s t - t**2).
+# For alpha <= 2 nothing in the first three cancels. Parts give closed forms in moments of the
+# exponential function; which of these does not cancel depends on a and on L.
+
+
+class _Terms(NamedTuple):
+    """What the derivatives in alpha and delta are made of."""
+
+    beta: Array
+    b: Array
+    a: Array
+    L: Array
+    t: Array
+    s: Array
+    """(L - t) / L**2"""
+    h: Array
+    """a L"""
+    shift: Array
+    """max(h, 0): integrals are of exp(a x - shift)."""
+    growth: tuple[Array, Array]
+    """exp(shift), as a number near 1 and an exponent of 2."""
+    start: Array
+    """exp(-shift), with what h lost by rounding."""
+    power: tuple[Array, Array]
+    """E, likewise."""
+
+
+def _terms(r: Array, alpha: Array, delta: Array) -> _Terms:
+    beta, lost = two_minus_exactly(alpha)
+    w = one_plus_square(tame(r), beta, lost, delta)
+    a = 0.5 * bounded(alpha)
+    h, lost_h = times(a, 0.0, w)
+    shift, lost_shift = above_0(h), jnp.where(h > 0, lost_h, 0)
+    growth, start = exponential(shift, lost_shift), jnp.exp(-shift) * (1 - lost_shift)
+    power = exponential(*times(-0.5 * beta, -0.5 * lost, w))
+    beta, L = beta + lost, w.log + w.lost
+    s = moment(1, L, L)
+    return _Terms(beta, jnp.abs(beta), a, L, w.t, s, h, shift, growth, start, power)
 
 
 @with_partials(
@@ -234,13 +299,27 @@ def _slope_by_delta(r: Array, alpha: Array, delta: Array) -> Array:
     lambda r, alpha, d: _by_alpha_delta(r, alpha, d),
 )
 def _by_alpha(r: Array, alpha: Array, delta: Array) -> Array:
-    beta = two_minus(alpha)
-    b = jnp.abs(beta)
-    L = log_w(tame(r), b, delta)
-    a = 0.5 * clamped(alpha, HUGE)
-    integral = (0.25 * b * L) * _inner_integral(L, a, b)
-    by_alpha = (delta * L * integral) * (delta * L) * jnp.exp(above_0(a * L))
+    """delta**2 (b / 4) S."""
+    x, delta = _terms(r, alpha, delta), finite(delta)
+    growth, exponent = x.growth
+    integral = _inner_integral(x.L, x.a, x.b, x.h, x.shift)
+    near = multiply_exactly(
+        (
+            delta,
+            delta,
+            0.25 * x.b,
+            x.L,
+            x.L,
+            x.L,
+            integral,
+            growth,
+        ),
+        exponent,
+    )
+    ended, a = x.h < _ENDED, jnp.where(x.h < _ENDED, x.a, -1)
+    far = multiply(delta / a, delta / a, 0.5 * (_whole(x) - _last(x)))
     limit = jnp.where(alpha < 0, 2 * (delta / negative(alpha)) ** 2, jnp.inf)
+    by_alpha = past_bound(alpha, jnp.where(ended, far, near))
     return at_infinity(r, limit, at_two(r, alpha, by_alpha, jnp.inf))
 
 
@@ -250,12 +329,26 @@ def _by_alpha(r: Array, alpha: Array, delta: Array) -> Array:
     lambda r, alpha, d: _by_delta2(r, alpha, d),
 )
 def _by_delta(r: Array, alpha: Array, delta: Array) -> Array:
-    beta, delta = two_minus(alpha), finite(delta)
-    b = jnp.abs(beta)
-    L = log_w(tame(r), b, delta)
-    integral, growth = _outer_integral(L, 0.5 * clamped(alpha, HUGE), b)
-    by_delta = delta * (0.5 * b * L) * (beta * L) * integral * growth
+    """delta (beta b / 2) T."""
+    x, delta = _terms(r, alpha, delta), finite(delta)
+    growth, exponent = x.growth
+    integral = _outer_integral(x.L, x.a, x.b, x.h, x.shift)
+    near = multiply_exactly(
+        (
+            delta,
+            0.5 * x.b,
+            x.beta,
+            x.L,
+            x.L,
+            integral,
+            growth,
+        ),
+        exponent,
+    )
+    ended, a = x.h < _ENDED, jnp.where(x.h < _ENDED, x.a, -1)
+    far = multiply(delta, x.beta / -a, _whole(x))
     limit = jnp.where(alpha < 0, 2 * delta * (1 - 2 / negative(alpha)), sign_infinity(2 - alpha))
+    by_delta = jnp.where(ended, far, near)
     return at_two(r, alpha, at_infinity(r, limit, by_delta), 0.0)
 
 
@@ -265,16 +358,33 @@ def _by_delta(r: Array, alpha: Array, delta: Array) -> Array:
     lambda r, alpha, d: (2 * _by_alpha2(r, alpha, d) - r * _slope_by_alpha2(r, alpha, d)) / d,
 )
 def _by_alpha2(r: Array, alpha: Array, delta: Array) -> Array:
-    """(+-delta**2 / 4) times: integral of x**2 exp(a x), minus exp(h) (L - t)**2."""
-    beta = two_minus(alpha)
-    L = log_w(tame(r), jnp.abs(beta), delta)
-    h = 0.5 * clamped(alpha, HUGE) * L
-    shift = above_0(h)
-    square = jnp.exp(h - shift) * L * moment(1, L, L) ** 2
-    by_alpha2 = (0.25 * jnp.sign(beta) * L) * (moment(2, h, shift) - square)
-    by_alpha2 = (delta * L * by_alpha2) * (delta * L) * jnp.exp(shift)
+    """The integral by parts: of x**2 exp(a x), minus exp(h) (L - t)**2."""
+    x, delta = _terms(r, alpha, delta), finite(delta)
+    growth, exponent = x.growth
+    parts = moment(2, x.h, x.shift) - jnp.exp(x.h - x.shift) * x.L * x.s**2
+    rest, square, _ = _squares(x)
+    integral = jnp.where(_far_out(x), (0.5 * x.beta * rest + square) / x.L**2, parts)
+    sign = 0.25 * jnp.sign(x.beta)
+    near = multiply_exactly(
+        (
+            delta,
+            delta,
+            sign,
+            x.L,
+            x.L,
+            x.L,
+            integral,
+            growth,
+        ),
+        exponent,
+    )
+    ended, a = x.h < _ENDED, jnp.where(x.h < _ENDED, x.a, -1)
+    e, k = jnp.exp(x.h), -x.h
+    gamma = 1 - (e + e * k + (e * k) * (0.5 * k)) - (e * k) * k * (0.5 * k * x.L * x.s**2)
+    far = multiply(delta / a, delta / a, -0.5 / a, gamma)
     limit = -4 * (delta / negative(alpha)) ** 2 / negative(alpha)
     limit = jnp.where(alpha < 0, limit, jnp.inf)
+    by_alpha2 = past_bound(alpha, jnp.where(ended, far, near), 3)
     return at_two(r, alpha, at_infinity(r, limit, by_alpha2), jnp.nan)
 
 
@@ -284,9 +394,28 @@ def _by_alpha2(r: Array, alpha: Array, delta: Array) -> Array:
     lambda r, alpha, d: (_by_alpha_delta(r, alpha, d) - r * _slope_by_alpha_delta(r, alpha, d)) / d,
 )
 def _by_alpha_delta(r: Array, alpha: Array, delta: Array) -> Array:
-    x = tame(r)
-    mixed = (2 * _by_alpha(x, alpha, delta) - x * _slope_by_alpha(x, alpha, delta)) / delta
-    mixed = jnp.where(alpha == 2, -0.5 * x * ratio(x, delta), mixed)
+    """The integral by parts: S - exp(h) t (L - t)."""
+    x, delta = _terms(r, alpha, delta), finite(delta)
+    growth, exponent = x.growth
+    inner = _inner_integral(x.L, x.a, x.b, x.h, x.shift)
+    parts = x.L * inner - jnp.exp(x.h - x.shift) * x.t * x.s
+    _, square, product = _squares(x)
+    integral = jnp.where(_far_out(x), (0.5 * x.beta * product - square) / x.L, parts)
+    near = multiply_exactly(
+        (
+            delta,
+            0.5 * x.b,
+            x.L,
+            x.L,
+            integral,
+            growth,
+        ),
+        exponent,
+    )
+    ended, a = x.h < _ENDED, jnp.where(x.h < _ENDED, x.a, -1)
+    far = multiply(delta, 1 / a, 1 / a, _whole(x) - _last(x) * (1 - a * x.t))
+    mixed = past_bound(alpha, jnp.where(ended, far, near))
+    mixed = at_two(r, alpha, mixed, -0.5 * tame(r) * ratio(tame(r), delta))
     far = jnp.where(alpha < 2, jnp.inf, -jnp.inf)
     limit = jnp.where(alpha < 0, 4 * (delta / negative(alpha)) / negative(alpha), far)
     return at_infinity(r, limit, mixed)
@@ -298,16 +427,32 @@ def _by_alpha_delta(r: Array, alpha: Array, delta: Array) -> Array:
     lambda r, alpha, d: _third(r, alpha, d, 3),
 )
 def _by_delta2(r: Array, alpha: Array, delta: Array) -> Array:
-    x, beta = tame(r), two_minus(alpha)
-    b = jnp.abs(beta)
-    by_delta = _by_delta(x, alpha, delta) / delta
-    by_delta2 = by_delta - ratio(x, delta) * _slope_by_delta(x, alpha, delta)
-    # Next to alpha = 1 both grow with r, and their difference does not.
-    L, near = log_w(x, b, delta), jnp.abs(alpha - 1) < 0.5
-    a = jnp.where(near, 0.5 * alpha, 0) - 1
-    integral, growth = _outer_integral(L, a, 2 - 2 * a)
-    other = (0.5 * b * L) * (beta * L) * integral * growth * (4 - alpha)
-    by_delta2 = jnp.where(near, (1 - alpha) * by_delta - other, by_delta2)
+    """beta b (T / 2 - t**2 exp(h))."""
+    x = _terms(r, alpha, delta)
+    growth, exponent = x.growth
+    outer = _outer_integral(x.L, x.a, x.b, x.h, x.shift)
+    by_parts = 0.5 * outer - jnp.exp(x.h - x.shift) * per(x.t, x.L) ** 2
+    # Next to alpha = 1 both grow like r and their difference does not. It is that of T and of
+    # the same integral with a - 1 in place of a.
+    inner = (alpha > 0.5) & (alpha <= 2)
+    a = jnp.where(inner, x.a, 0) - 1
+    less = _outer_integral(x.L, a, 2 - 2 * a, a * x.L, jnp.zeros_like(a))
+    difference = 0.5 * (1 - clamped(alpha, 4)) * outer + (a - 1) * (less * x.start)
+    integral = jnp.where(inner, difference, by_parts)
+    near = multiply_exactly(
+        (
+            x.b,
+            x.beta,
+            x.L,
+            x.L,
+            integral,
+            growth,
+        ),
+        exponent,
+    )
+    ended, a = x.h < _ENDED, jnp.where(x.h < _ENDED, x.a, -1)
+    far = x.beta / -a * (_whole(x) + jnp.exp(x.h) * (x.b * x.t) * (a * x.t))
+    by_delta2 = jnp.where(ended, far, near)
     far = jnp.where(alpha == 1, -2, sign_infinity((2 - alpha) * (1 - alpha)))
     limit = jnp.where(alpha < 0, 2 * (1 - 2 / negative(alpha)), far)
     return at_two(r, alpha, at_infinity(r, limit, by_delta2), 0.0)
@@ -328,38 +473,70 @@ def _slope_by_alpha_delta(r: Array, alpha: Array, delta: Array) -> Array:
 def _by_alpha3(r: Array, alpha: Array, delta: Array) -> Array:
     beta = two_minus(alpha)
     L, t = log_of(r, alpha, delta), fraction_of(r, alpha, delta)
-    h = 0.5 * clamped(alpha, HUGE) * L
+    h = 0.5 * bounded(alpha) * L
     shift = above_0(h)
     cubes = jnp.exp(h - shift) * (tail(L) ** 3 - 2 * t**2 * (t / beta))
     by_alpha3 = jnp.sign(beta) / 8 * (L**4 * moment(3, h, shift) - cubes)
     return delta * (delta * by_alpha3) * jnp.exp(shift)
 
 
-def _outer_integral(L: Array, a: Array, b: Array) -> tuple[Array, Array]:
-    """T / L**2, for b = 2 |1 - a|, as a product."""
-    h, shift = a * L, above_0(a * L)
+def _outer_integral(L: Array, a: Array, b: Array, h: Array, shift: Array) -> Array:
+    """T / L**2 exp(shift), for b = 2 |1 - a| and h = a L."""
     far = (moment(0, h, shift) - moment(0, (a - 1) * L, shift)) / jnp.where(L > 1, L, 1)
-    parts = jnp.exp(h - shift) * moment(1, L, L) - h * _inner_integral(L, a, b)
-    return jnp.where((a > 0) & (L > 1), far, parts), jnp.exp(shift)
+    parts = jnp.exp(h - shift) * moment(1, L, L) - h * _inner_integral(L, a, b, h, shift)
+    return jnp.where((a > 0) & (L > 1), far, parts)
 
 
-def _inner_integral(L: Array, a: Array, b: Array) -> Array:
-    """I / L**3 exp(max(h, 0)), for b = 2 |1 - a|."""
-    h, shift = a * L, above_0(a * L)
-    scaled = jnp.exp(h - shift)
-    parts = (scaled * moment(2, L, L) - a * moment(2, h, shift)) / b
-    # Next to alpha = 2 these differ by next to nothing; there a series in L, and beyond it
-    # the three terms of I.
+def _inner_integral(L: Array, a: Array, b: Array, h: Array, shift: Array) -> Array:
+    """S / L**3 exp(shift), for b = 2 |1 - a| and h = a L."""
+    parts = jnp.exp(h - shift) * moment(2, L, L) - a * moment(2, h, shift)
+    parts = jnp.where(a > 1, -1.0, 1.0) * parts / b
+    # Next to alpha = 2 these differ by next to nothing; there a series in L, and for a large h
+    # the three terms of S.
     near, c = b < 1, jnp.where(b < 1, a, 1)
     series, term, p, q = jnp.zeros_like(L), jnp.full_like(L, 1 / 6), (c - 1) ** 2, c
-    for n in range(3, TERMS[L.dtype.name]):
-        series, term = series + term * (p + q * (n - 1 - c)), term * jnp.minimum(L, 1) / (n + 1)
+    for n in range(3, 20 if L.dtype == jnp.float32 else 32):
+        series, term = series + term * (p + q * (n - 1 - c)), term * jnp.minimum(L, 2.5) / (n + 1)
         p, q = p * (c - 1), q * c
-    far = (moment(0, h - L, shift) - moment(0, h, shift) + L * moment(1, h, shift)) / jnp.where(
-        L < 1, 1, L
-    ) ** 2
-    sign = jnp.where(a > 1, -1.0, 1.0)
-    return jnp.where(near, jnp.where(L < 1, series * jnp.exp(-shift), far), sign * parts)
+    long = jnp.where(near, L > 2.5, (a <= 1) & (h > 1.2))
+    far = moment(0, h - L, shift) - moment(0, h, shift) + L * moment(1, h, shift)
+    far = far / jnp.where(long, L, 1) ** 2
+    return jnp.where(long, far, jnp.where(near, series * jnp.exp(-shift), parts))
+
+
+def _far_out(x: _Terms) -> Array:
+    """Where second derivatives by alpha cancel when they are written by parts."""
+    return (x.a > 0.6) & (x.L > 2)
+
+
+def _squares(x: _Terms) -> tuple[Array, Array, Array]:
+    """The integrals of s**2, t**2 and s t, over L exp(shift)."""
+    L = jnp.where(_far_out(x), x.L, 2)
+    h0, h1, h2 = (jnp.where(_far_out(x), x.h - k * L, 1) for k in range(3))
+    (m0, m1, m2), (n0, n1) = (
+        [moment(k, h, x.shift) for k in range(many)] for h, many in ((h0, 3), (h1, 2))
+    )
+    p0 = moment(0, h2, x.shift)
+    rest = L * (L * m2 - 2 * m1 + 2 * n1) + (m0 - 2 * n0 + p0)
+    return rest, m0 - 2 * n0 + p0, L * (m1 - n1) - (m0 - 2 * n0 + p0)
+
+
+# From h = a L < _ENDED on the integrals have nearly ended; what follows is what is left of them,
+# with no power of a, which may be huge, in a denominator.
+
+
+def _whole(x: _Terms) -> Array:
+    """b T |a| / 2 = 1 - E - (b / 2) t exp(h)."""
+    E = jnp.exp(x.h - x.L)
+    return 1 - (E + jnp.exp(x.h) * (0.5 * x.b * x.t))
+
+
+def _last(x: _Terms) -> Array:
+    """(|a| b / 2) (L - t) exp(h)."""
+    return jnp.exp(x.h) * -x.h * (0.5 * x.b * x.L) * x.s
+
+
+_ENDED = -3.0
 
 
 def gaussian_nll(
@@ -391,10 +568,31 @@ def gaussian_nll(
     return elementwise(_gaussian, predictions, targets, positive("scale", scale))
 
 
-@whole
+@with_partials(
+    lambda r, s: _gaussian_slope(r, s),
+    lambda r, s: _gaussian_by_scale(r, s),
+)
 def _gaussian(r: Array, scale: Array) -> Array:
-    u = ratio(r, scale)
+    u = r / scale
     return (0.5 * u) * u + (jnp.log(scale) + 0.5 * math.log(2 * math.pi))
+
+
+@with_partials(
+    lambda r, s: flat(r) + multiply(1 / s, 1 / s),
+    lambda r, s: -2 * multiply(r, 1 / s, 1 / s, 1 / s),
+)
+def _gaussian_slope(r: Array, scale: Array) -> Array:
+    return r / scale * (1 / scale)
+
+
+@with_partials(
+    lambda r, s: -2 * multiply(r, 1 / s, 1 / s, 1 / s),
+    lambda r, s: multiply(_ROOT3 * (r / s) - 1, _ROOT3 * (r / s) + 1, 1 / s, 1 / s),
+)
+def _gaussian_by_scale(r: Array, scale: Array) -> Array:
+    """(1 - u**2) / scale."""
+    u = r / scale
+    return multiply(1 - u, 1 + u, 1 / scale)
 
 
 def laplace_nll(
@@ -427,9 +625,34 @@ def laplace_nll(
     return elementwise(_laplace, predictions, targets, positive("scale", scale))
 
 
-@whole
+@with_partials(
+    lambda r, s: _laplace_slope(r, s),
+    lambda r, s: _laplace_by_scale(r, s),
+)
 def _laplace(r: Array, scale: Array) -> Array:
-    return ratio(absolute_error(r), scale) + (jnp.log(scale) + math.log(2))
+    return jnp.abs(r) / scale + (jnp.log(scale) + math.log(2))
+
+
+@with_partials(
+    lambda r, s: multiply(-_sign(r), 1 / s, 1 / s),
+    lambda r, s: multiply(2 * (jnp.abs(r) / s) - 1, 1 / s, 1 / s),
+)
+def _laplace_by_scale(r: Array, scale: Array) -> Array:
+    """(1 - |u|) / scale."""
+    return (1 - jnp.abs(r) / scale) * (1 / scale)
+
+
+@with_partials(
+    lambda r, s: flat(r),
+    lambda r, s: multiply(-_sign(r), 1 / s, 1 / s),
+)
+def _laplace_slope(r: Array, scale: Array) -> Array:
+    return jnp.sign(r) / scale
+
+
+@with_partials(lambda r: flat(r))
+def _sign(r: Array) -> Array:
+    return jnp.sign(r)
 
 
 def student_t_nll(
@@ -472,43 +695,189 @@ def student_t_nll(
     )
 
 
-@whole
+# With nu = df, z = u**2, t = z / (nu + z) and c = nu / (nu + z) = 1 - t: the fraction and the
+# inverse of _powers, whose pull is p = t / r.
+
+
+@with_partials(
+    lambda r, df, s: _student_t_slope(r, df, s),
+    lambda r, df, s: _student_t_by_df(r, df, s),
+    lambda r, df, s: _student_t_by_scale(r, df, s),
+)
 def _student_t(r: Array, df: Array, scale: Array) -> Array:
-    normaliser = jnp.log(scale) + (0.5 * math.log(2 * math.pi) + _student_t_excess(df))
-    normal = jnp.isinf(df)
-    u = ratio(jnp.where(normal, r, 0), scale)
-    distance = _student_t_distance(jnp.where(normal, 0, r), df, scale)
+    normal, nu = jnp.isinf(df), clamped(df, HUGE)
+    normaliser = jnp.log(scale) + (0.5 * math.log(2 * math.pi) + _student_t_excess(nu))
+    u = jnp.where(normal, r, 0) / scale
+    distance = (0.5 * nu + 0.5) * log_w(jnp.where(normal, 0, r), nu, scale)
     return (0.5 * u) * u + distance + normaliser
 
 
 @with_partials(
-    lambda r, df, s: (clamped(df, HUGE) + 1) * pull(r, clamped(df, HUGE), s),
-    lambda r, df, s: _student_t_by_df(r, clamped(df, HUGE), s),
-    lambda r, df, s: -(clamped(df, HUGE) + 1) * fraction(r, clamped(df, HUGE), s) / s,
+    lambda r, df, s: _student_t_curvature(r, df, s),
+    lambda r, df, s: _student_t_slope_by_df(r, df, s),
+    lambda r, df, s: _student_t_slope_by_scale(r, df, s),
 )
-def _student_t_distance(r: Array, df: Array, scale: Array) -> Array:
-    """(df + 1) / 2 log(1 + u**2 / df)."""
-    df = clamped(df, HUGE)
-    return (0.5 * df + 0.5) * log_w(r, df, scale)
+def _student_t_slope(r: Array, df: Array, scale: Array) -> Array:
+    """(nu + 1) p."""
+    nu = clamped(df, HUGE)
+    t = fraction(r, nu, scale)
+    slope = jnp.where(t > 0.5, (nu + 1) * t / r, (nu + 1) * pull(r, nu, scale))
+    return jnp.where(jnp.isinf(df), r / scale * (1 / scale), slope)
 
 
+@with_partials(
+    *partials_of(
+        lambda r, df, s: (
+            (clamped(df, HUGE) + 1)
+            * (1 - 2 * fraction(r, clamped(df, HUGE), s))
+            * pull_per_residual(r, clamped(df, HUGE), s)
+        ),
+        3,
+    )
+)
+def _student_t_curvature(r: Array, df: Array, scale: Array) -> Array:
+    """(nu + 1) (1 - 2 t) t / r**2, where t / r**2 is c / (nu scale**2)."""
+    nu, x = clamped(df, HUGE), tame(r)
+    t, c = fraction(x, nu, scale), inverse(x, nu, scale)
+    near = t < c
+    factors = [
+        jnp.where(near, f, g) for f, g in ((c / nu, t), (1 / scale, 1 / x), (1 / scale, 1 / x))
+    ]
+    curvature = multiply(nu + 1, 1 - 2 * t, *factors)
+    curvature = jnp.where(
+        jnp.isinf(df), multiply(1 / scale, 1 / scale), at_infinity(r, 0, curvature)
+    )
+    return curvature + flat(r)
+
+
+@with_partials(
+    *partials_of(lambda r, nu, s: pull(r, nu, s) * (fraction(r, nu, s) - inverse(r, nu, s) / nu), 3)
+)
+def _student_t_slope_by_df(r: Array, df: Array, scale: Array) -> Array:
+    """p (t - c / nu) = u (z - 1) / (scale (nu + z)**2)."""
+    nu = clamped(df, HUGE)
+    t, c = fraction(r, nu, scale), inverse(r, nu, scale)
+    near, x = t < c, tame(r)
+    factors = [jnp.where(near, f, g) for f, g in ((x / scale, t), (c, 1 / r), (1 / nu, 1))]
+    return multiply(*factors, jnp.where(near, 1 / scale, 1), t - c / nu)
+
+
+@with_partials(
+    *partials_of(lambda r, nu, s: -2 * (nu + 1) * inverse(r, nu, s) * pull(r, nu, s) / s, 3)
+)
+def _student_t_slope_by_scale(r: Array, df: Array, scale: Array) -> Array:
+    """-2 (nu + 1) c p / scale."""
+    nu = clamped(df, HUGE)
+    x, t, c = tame(r), fraction(r, nu, scale), inverse(r, nu, scale)
+    # c = nu t / u**2, which may be next to nothing where the product is not.
+    factors = [jnp.where(t < c, f, g) for f, g in ((c, nu * t), (1, scale / x), (1, scale / x))]
+    by_scale = multiply(-2 * (nu + 1), *factors, pull(x, nu, scale), 1 / scale)
+    by_scale = jnp.where(jnp.isinf(r), flat(nu + scale), by_scale)
+    return jnp.where(jnp.isinf(df), -2 * multiply(r, 1 / scale, 1 / scale, 1 / scale), by_scale)
+
+
+@with_partials(
+    lambda r, df, s: _student_t_slope_by_df(r, df, s),
+    lambda r, df, s: _student_t_by_df2(r, df, s),
+    lambda r, df, s: _student_t_by_df_scale(r, df, s),
+)
 def _student_t_by_df(r: Array, df: Array, scale: Array) -> Array:
-    """(log w - t) / 2 - t / (2 df)."""
-    return 0.5 * (tail(log_w(r, df, scale)) - fraction(r, df, scale) / df)
+    """(log w - t) / 2 - t / (2 nu), and what the normaliser adds."""
+    nu = clamped(df, HUGE)
+    w = one_plus_square(tame(r), nu, jnp.zeros_like(nu), scale)
+    rest = tail(w.log + w.lost) + flat(r)
+    by_df = 0.5 * (rest - w.t / nu) + _student_t_excess_slope(nu)
+    return jnp.where(jnp.isinf(df), flat(r), at_infinity(r, jnp.inf, by_df))
+
+
+def _student_t_by_df2(r: Array, df: Array, scale: Array) -> Array:
+    """t / nu**2 (1 - (nu + 1) t / 2), and what the normaliser adds."""
+    nu = clamped(df, HUGE)
+    t = fraction(r, nu, scale)
+    by_df2 = t / nu * (1 / nu - 0.5 * (1 + 1 / nu) * t) + _student_t_excess_bend(nu)
+    return jnp.where(jnp.isinf(df), flat(r), by_df2)
+
+
+@with_partials(
+    *partials_of(
+        lambda r, nu, s: fraction(r, nu, s) * (inverse(r, nu, s) / nu - fraction(r, nu, s)) / s,
+        3,
+    )
+)
+def _student_t_by_df_scale(r: Array, df: Array, scale: Array) -> Array:
+    """t (c / nu - t) / scale."""
+    nu = clamped(df, HUGE)
+    t, c = fraction(r, nu, scale), inverse(r, nu, scale)
+    near, u = t < c, tame(r) / scale
+    factors = [jnp.where(near, f, g) for f, g in ((u, t), (u, 1), (1 / nu, 1), (c, 1))]
+    return multiply(*factors, c / nu - t, 1 / scale)
+
+
+@with_partials(
+    lambda r, df, s: _student_t_slope_by_scale(r, df, s),
+    lambda r, df, s: _student_t_by_df_scale(r, df, s),
+    lambda r, df, s: _student_t_by_scale2(r, df, s),
+)
+def _student_t_by_scale(r: Array, df: Array, scale: Array) -> Array:
+    """(c - nu t) / scale = nu (1 - z) / (nu + z) / scale."""
+    nu = clamped(df, HUGE)
+    by_scale = (inverse(r, nu, scale) - nu * fraction(r, nu, scale)) / scale
+    return jnp.where(jnp.isinf(df), _gaussian_by_scale(r, scale), by_scale)
+
+
+def _student_t_by_scale2(r: Array, df: Array, scale: Array) -> Array:
+    """(nu t**2 + (3 nu + 1) c t - c**2) / scale**2."""
+    nu, s = clamped(df, HUGE), scale
+    t, c = fraction(r, nu, s), inverse(r, nu, s)
+    u = jnp.where(jnp.isinf(df), r, 0) / s
+    normal = multiply(_ROOT3 * u - 1, _ROOT3 * u + 1, 1 / s, 1 / s)
+    by_scale2 = multiply(t * (nu * t + (3 * nu + 1) * c) - c * c, 1 / s, 1 / s)
+    return jnp.where(jnp.isinf(df), normal, by_scale2)
+
+
+# log gamma(x) - log gamma(x + 1 / 2) + log(x) / 2, x = df / 2, is what the normaliser has beyond
+# the normal's. Stirling's series holds from 12 on; below, the functions are those of x + 12, and
+# what lies between is a product or, of the derivatives, a sum of terms of one sign.
 
 
 def _student_t_excess(df: Array) -> Array:
-    """log gamma(x) - log gamma(x + 1 / 2) + log(x) / 2, x = df / 2: what is not the normal's."""
-    x = 0.5 * clamped(df, HUGE)
-    # Stirling's series holds from 12 on; below, the gammas are those of x + 12 over a product.
-    large, small = x > 12, jnp.where(x > 12, 1, x)
+    large, small, y = _stirling_argument(df)
     up = math.prod(((small + (k + 0.5)) / (small + k) for k in range(1, 12)), start=small + 0.5)
     shift = jnp.where(large, 0, jnp.log(up / jnp.sqrt(small * (small + 12))))
-    y = 1 / jnp.where(large, x, small + 12)
     return y * polynomial(y * y, _STIRLING) + shift
 
 
-_STIRLING = (1 / 8, -1 / 192, 1 / 640, -17 / 14336, 31 / 18432, -691 / 180224)
+def _student_t_excess_slope(df: Array) -> Array:
+    large, x, y = _stirling_argument(df)
+    between = sum(1 / ((x + k) * (x + (k + 0.5)) * (x + (k + 1))) for k in reversed(range(12)))
+    series = tuple((2 * k + 1) * c for k, c in enumerate(_STIRLING))
+    return -0.5 * (y * y * polynomial(y * y, series) + jnp.where(large, 0, 0.25 * between))
+
+
+def _student_t_excess_bend(df: Array) -> Array:
+    large, x, y = _stirling_argument(df)
+    between = jnp.zeros_like(x)
+    for k in reversed(range(12)):
+        p, q, s = 1 / (x + k), 1 / (x + (k + 0.5)), 1 / (x + (k + 1))
+        between = between + p * q * s * (p + q + s)
+    series = tuple((2 * k + 1) * (2 * k + 2) * c for k, c in enumerate(_STIRLING))
+    bend = y * y * y * polynomial(y * y, series) + jnp.where(large, 0, 0.25 * between)
+    return 0.25 * bend
+
+
+def _stirling_argument(df: Array) -> tuple[Array, Array, Array]:
+    """Whether the series holds at x = df / 2, x where it does not, and 1 over its argument."""
+    x = 0.5 * df
+    large = x > 12
+    small = jnp.where(large, 1, x)
+    return large, small, 1 / jnp.where(large, x, small + 12)
+
+
+_BERNOULLI = (
+    1 / 6, -1 / 30, 1 / 42, -1 / 30, 5 / 66, -691 / 2730, 7 / 6, -3617 / 510, 43867 / 798,
+    -174611 / 330,
+)  # fmt: skip
+_STIRLING = tuple(B * (1 - 4.0**-k) / (k * (2 * k - 1)) for k, B in enumerate(_BERNOULLI, 1))
 
 
 def general_nll(
@@ -562,28 +931,150 @@ def general_nll(
     )
 
 
-@whole
+@with_partials(
+    lambda r, alpha, s: _general_nll_slope(r, alpha, s),
+    lambda r, alpha, s: _general_nll_by_alpha(r, alpha, s),
+    lambda r, alpha, s: _general_nll_by_scale(r, alpha, s),
+)
 def _general_nll(r: Array, alpha: Array, scale: Array) -> Array:
-    return _general_distance(r, alpha, scale) + (jnp.log(scale) + _log_partition(alpha))
+    distance = _general(r / scale, alpha, jnp.ones_like(scale))
+    return distance + (jnp.log(scale) + _log_partition(alpha))
 
 
 @with_partials(
-    lambda r, alpha, s: _slope(ratio(r, s), alpha, jnp.ones_like(s)) / s,
-    lambda r, alpha, s: _by_alpha(ratio(r, s), alpha, jnp.ones_like(s)),
-    lambda r, alpha, s: -_moved(ratio(r, s), alpha) / s,
+    lambda r, alpha, s: _general_nll_curvature(r, alpha, s),
+    lambda r, alpha, s: _general_nll_slope_by_alpha(r, alpha, s),
+    lambda r, alpha, s: _general_nll_slope_by_scale(r, alpha, s),
 )
-def _general_distance(r: Array, alpha: Array, scale: Array) -> Array:
-    """The general loss of r / scale."""
-    return _general(ratio(r, scale), alpha, jnp.ones_like(scale))
+def _general_nll_slope(r: Array, alpha: Array, scale: Array) -> Array:
+    return _slope(r / scale, alpha, jnp.ones_like(scale)) / scale
 
 
-def _moved(u: Array, alpha: Array) -> Array:
-    """u times the slope at u, for alpha in [0, 2]."""
-    x = tame(u)
-    moved = x * _slope(x, alpha, jnp.ones_like(alpha))
-    return at_infinity(u, jnp.where(alpha > 0, jnp.inf, 2), moved)
+@with_partials(
+    lambda r, alpha, s: _general_nll_slope_by_alpha(r, alpha, s),
+    lambda r, alpha, s: (
+        _by_alpha2(r / s, alpha, jnp.ones_like(s)) + _log_partition_by_alpha2(alpha)
+    ),
+    lambda r, alpha, s: _general_nll_by_alpha_scale(r, alpha, s),
+)
+def _general_nll_by_alpha(r: Array, alpha: Array, scale: Array) -> Array:
+    by_alpha = _by_alpha(r / scale, alpha, jnp.ones_like(scale))
+    return by_alpha + _log_partition_by_alpha(alpha)
 
 
+@with_partials(
+    lambda r, alpha, s: _general_nll_slope_by_scale(r, alpha, s),
+    lambda r, alpha, s: _general_nll_by_alpha_scale(r, alpha, s),
+    lambda r, alpha, s: _general_nll_by_scale2(r, alpha, s),
+)
+def _general_nll_by_scale(r: Array, alpha: Array, scale: Array) -> Array:
+    """(1 - u**2 E) / scale."""
+    u, x, _ = _nll_terms(r, alpha, scale)
+    power, exponent = x.power
+    moved = multiply_exactly((u, u, power), exponent)
+    # Far out the 1 does not count, and only the whole product stays in range.
+    far = multiply_exactly((u, u, power, -1 / scale), exponent)
+    by_scale = jnp.where(moved > 1 / jnp.finfo(r.dtype).eps, far, (1 - moved) / scale)
+    return at_infinity(r, jnp.where(alpha > 0, -jnp.inf, -1 / scale), by_scale)
+
+
+# With E, t, w and L of u: the second derivatives, each a product that is rounded as a whole.
+
+
+def _nll_terms(r: Array, alpha: Array, scale: Array) -> tuple[Array, _Terms, Array]:
+    """u, its terms, and beta / w = 2 - alpha - beta t."""
+    u = r / scale
+    x = _terms(u, alpha, jnp.ones_like(scale))
+    return tame(u), x, x.beta * inverse(tame(u), x.b, jnp.ones_like(scale))
+
+
+@with_partials(
+    *partials_of(lambda r, alpha, s: _curvature(r / s, alpha, jnp.ones_like(s)) / s / s, 3)
+)
+def _general_nll_curvature(r: Array, alpha: Array, scale: Array) -> Array:
+    """E (1 - beta t) / scale**2."""
+    _, x, rest = _nll_terms(r, alpha, scale)
+    power, exponent = x.power
+    bend = jnp.where((alpha >= 0.5) | (x.t > 0.5), (alpha - 1) + rest, 1 - x.beta * x.t)
+    curvature = multiply_exactly((power, bend, 1 / scale, 1 / scale), exponent)
+    return at_infinity(r, jnp.where(alpha == 2, multiply(1 / scale, 1 / scale), 0), curvature)
+
+
+@with_partials(
+    *partials_of(lambda r, alpha, s: _slope_by_alpha(r / s, alpha, jnp.ones_like(s)) / s, 3)
+)
+def _general_nll_slope_by_alpha(r: Array, alpha: Array, scale: Array) -> Array:
+    """u E (L - t) / 2 / scale."""
+    u, x, _ = _nll_terms(r, alpha, scale)
+    power, exponent = x.power
+    by_alpha = multiply_exactly((u, power, 0.5 * x.L, x.L, x.s, 1 / scale), exponent)
+    by_alpha = at_two(r, alpha, by_alpha, jnp.sign(r) * jnp.inf)
+    return at_infinity(r, jnp.where(alpha < 1, 0, jnp.sign(r) * jnp.inf), by_alpha)
+
+
+@with_partials(
+    *partials_of(
+        lambda r, alpha, s: (
+            -(
+                _slope(r / s, alpha, jnp.ones_like(s))
+                + r / s * _curvature(r / s, alpha, jnp.ones_like(s))
+            )
+            / s
+            / s
+        ),
+        3,
+    )
+)
+def _general_nll_slope_by_scale(r: Array, alpha: Array, scale: Array) -> Array:
+    """-u E (alpha + beta / w) / scale**2."""
+    u, x, rest = _nll_terms(r, alpha, scale)
+    power, exponent = x.power
+    factors = u, power, -(alpha + rest), 1 / scale, 1 / scale
+    limit = jnp.where(alpha > 1, jnp.inf, jnp.where(alpha == 1, multiply(1 / scale, 1 / scale), 0))
+    return at_infinity(r, -jnp.sign(r) * limit, multiply_exactly(factors, exponent))
+
+
+@with_partials(
+    *partials_of(
+        lambda r, alpha, s: -(r / s) * _slope_by_alpha(r / s, alpha, jnp.ones_like(s)) / s,
+        3,
+    )
+)
+def _general_nll_by_alpha_scale(r: Array, alpha: Array, scale: Array) -> Array:
+    """-u**2 E (L - t) / 2 / scale."""
+    u, x, _ = _nll_terms(r, alpha, scale)
+    power, exponent = x.power
+    by_both = multiply_exactly((u, u, power, -0.5 * x.L, x.L, x.s, 1 / scale), exponent)
+    return at_infinity(r, -jnp.inf, at_two(r, alpha, by_both, -jnp.inf))
+
+
+@with_partials(
+    *partials_of(
+        lambda r, alpha, s: (
+            (
+                2 * (r / s) * _slope(r / s, alpha, jnp.ones_like(s))
+                + (r / s) ** 2 * _curvature(r / s, alpha, jnp.ones_like(s))
+                - 1
+            )
+            / s
+            / s
+        ),
+        3,
+    )
+)
+def _general_nll_by_scale2(r: Array, alpha: Array, scale: Array) -> Array:
+    """(u**2 E (1 + alpha + beta / w) - 1) / scale**2."""
+    u, x, rest = _nll_terms(r, alpha, scale)
+    power, exponent = x.power
+    bend = 1 + alpha + rest
+    moved = multiply_exactly((u, u, power, bend), exponent)
+    near = multiply(moved - 1, 1 / scale, 1 / scale)
+    far = multiply_exactly((u, u, power, bend, 1 / scale, 1 / scale), exponent)
+    limit = jnp.where(alpha > 0, jnp.inf, multiply(1 / scale, 1 / scale))
+    return at_infinity(r, limit, jnp.where(moved > 1 / jnp.finfo(r.dtype).eps, far, near))
+
+
+@with_partials(lambda alpha: _log_partition_by_alpha(alpha))
 def _log_partition(alpha: Array) -> Array:
     """log Z(alpha), Z the integral of exp(-general(u)) over all u, for alpha in [0, 2].
 
@@ -591,27 +1082,63 @@ def _log_partition(alpha: Array) -> Array:
     ends, so that the trapezoidal rule converges geometrically: Trefethen and Weideman (2014),
     SIAM Review 56, 385-458. All derivatives are those of `general` at the nodes.
     """
-    nodes, weights = _nodes(lax.stop_gradient(alpha)[..., None])
+    nodes, weights = _nodes(alpha[..., None], 2.2, 150)
     density = jnp.exp(-_general(nodes, alpha[..., None], jnp.ones_like(alpha)[..., None]))
-    terms = weights * density
-    short = jnp.round(terms * 2**14) / 2**14  # a sum of these is exact, or sqrt(150) ulps go
-    Z, lost = sum_of_two(jnp.sum(short, axis=-1), jnp.sum(terms - short, axis=-1))
+    Z, lost = sum_of_two(*_sum(weights * density))
     return math.log(4) + (jnp.log(Z / 4) + lost / Z)
 
 
-def _nodes(alpha: Array) -> tuple[Array, Array]:
-    """The rule for alpha of shape (..., 1). Its steps are short numbers: no rounding there."""
-    info = jnp.finfo(alpha.dtype)
+def _sum(terms: Array) -> tuple[Array, Array]:
+    """The sum of what is left of numbers near 1 when they are cut short, and that of the rest.
+
+    The first is exact; in a plain sum roundings add up.
+    """
+    short = jnp.round(terms * 2**14) / 2**14
+    return jnp.sum(short, axis=-1), jnp.sum(terms - short, axis=-1)
+
+
+@with_partials(lambda alpha: _log_partition_by_alpha2(alpha))
+def _log_partition_by_alpha(alpha: Array) -> Array:
+    """Minus the mean, over the density, of the loss's derivative in alpha."""
+    share, nodes, a, one = _density(alpha)
+    high, low = _sum(share * _by_alpha(nodes, a, one))
+    return -(high + low)
+
+
+def _log_partition_by_alpha2(alpha: Array) -> Array:
+    """The variance of the loss's derivative in alpha, minus the mean of the second one."""
+    share, nodes, a, one = _density(alpha)
+    first = _by_alpha(nodes, a, one)
+    change = (first + _log_partition_by_alpha(alpha)[..., None]) ** 2 - _by_alpha2(nodes, a, one)
+    high, low = _sum(share * change)
+    return high + low
+
+
+def _density(alpha: Array) -> tuple[Array, Array, Array, Array]:
+    """What each node of the rule has of the density, the nodes, alpha, and delta = 1.
+
+    The derivatives grow like powers of log(u), so the rule reaches further out than that of Z.
+    """
+    a = alpha[..., None]
+    nodes, weights = _nodes(a, 3.2, 150 if alpha.dtype == jnp.float32 else 300)
+    one = jnp.ones_like(a)
+    terms = weights * jnp.exp(-_general(nodes, a, one))
+    high, low = _sum(terms)
+    return terms / (high + low)[..., None], nodes, a, one
+
+
+def _nodes(alpha: Array, digits: float, many: int) -> tuple[Array, Array]:
+    """The rule for alpha of shape (..., 1). Its steps are short numbers: no rounding there.
+
+    At the last node the density is about eps**digits.
+    """
+    alpha, info = lax.stop_gradient(alpha), jnp.finfo(alpha.dtype)
     b = jnp.maximum(2 - alpha, float(info.eps))  # and the largest power of 2 up to its root:
     root = ldexp(jnp.ones_like(b), (frexp(b)[1] - 1) >> 1)
-    # At the last node the density is about eps**2: it no longer counts, nor is it 0.
-    far, a = -2.2 * math.log(info.eps), jnp.maximum(alpha, float(info.tiny) ** 0.5)
+    far, a = -digits * math.log(info.eps), jnp.maximum(alpha, float(info.tiny) ** 0.5)
     last = jnp.log1p(a * (far / b)) / a + jnp.log(2 * jnp.sqrt(b) / root)
-    h = lax.reduce_precision(last / _NODES, info.nexp, 8)
-    k = jnp.arange(_NODES + 1, dtype=alpha.dtype)
+    h = lax.reduce_precision(last / many, info.nexp, 8)
+    k = jnp.arange(many + 1, dtype=alpha.dtype)
     up, down = jnp.exp(h * k), jnp.exp(-h * k)  # XLA's sinh and cosh are rougher
     weights = jnp.where(k == 0, 0.5 * root, root) * h * (up + down)
     return 0.5 * root * (up - down), weights
-
-
-_NODES = 150

@@ -17,7 +17,7 @@ from robustloss.losses._elementwise import (
     positive,
     with_partials,
 )
-from robustloss.losses._pieces import beyond, finite, flat, overshoot, within
+from robustloss.losses._pieces import beyond, finite, flat, flat_in, overshoot, within
 from robustloss.losses.convex import _clipped, _huber
 
 __all__ = ["expectile", "quantile", "quantile_huber"]
@@ -65,7 +65,7 @@ def quantile(
 
 @with_partials(
     lambda r, q, kink: _quantile_slope(r, q, kink),
-    lambda r, q, kink: flat(r) - r,
+    lambda r, q, kink: flat_in(r, q) - r,
     lambda r, q, kink: jnp.zeros_like(r),
 )
 def _quantile(r: Array, q: Array, kink: Array) -> Array:
@@ -113,7 +113,7 @@ def expectile(
     return elementwise(_expectile, predictions, targets, _share(q))
 
 
-@with_partials(lambda r, q: _expectile_slope(r, q), lambda r, q: -r * jnp.abs(r))
+@with_partials(lambda r, q: _expectile_slope(r, q), lambda r, q: flat_in(r, q) - r * jnp.abs(r))
 def _expectile(r: Array, q: Array) -> Array:
     return _side(r, q) * r * r
 
@@ -166,7 +166,7 @@ def quantile_huber(
 
 @with_partials(
     lambda r, q, d: 2 * _side(r, q) * _clipped(r, finite(d)),
-    lambda r, q, d: -2 * jnp.sign(r) * _huber(r, d),
+    lambda r, q, d: flat_in(r, q) - 2 * jnp.sign(r) * _huber(r, d),
     lambda r, q, d: _quantile_overshoot(r, q, d),
 )
 def _quantile_huber(r: Array, q: Array, delta: Array) -> Array:

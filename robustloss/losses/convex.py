@@ -26,6 +26,7 @@ from robustloss.losses._elementwise import (
     quotient,
     with_partials,
 )
+from robustloss.losses._extended import multiply
 from robustloss.losses._pieces import (
     atanh_series,
     beyond,
@@ -247,8 +248,8 @@ def _log_cosh_delta(r: Array, delta: Array) -> Array:
     z = u * u
     tanh = jnp.abs(_delta_tanh(r, delta)) / delta
     far = u * (2 - tanh) - 2 * (math.log(2) - jnp.log1p(jnp.exp(-2 * u)))
-    near = z * z * (2 * _value_series(z) - _slope_series(z))
-    return delta * jnp.where(u > _JOINT, far, near)
+    near = multiply(delta, u, u, u, u, _series(z, _DELTA_32, _DELTA_64))
+    return jnp.where(u > 1, delta * far, near)
 
 
 @with_partials(
@@ -258,10 +259,9 @@ def _log_cosh_delta(r: Array, delta: Array) -> Array:
 def _log_cosh_mixed(r: Array, delta: Array) -> Array:
     """tanh u - u sech(u)**2, u = r / delta."""
     u = _unit(r, delta)
-    z = u * u
-    series = _slope_series(z)
     far = _delta_tanh(r, delta) / delta - u * _sech2(r, delta)
-    return jnp.where(z > _JOINT**2, far, u * z * (series + (1 + z * series) ** 2))
+    near = multiply(u, u, u, _series(u * u, _MIXED_32, _MIXED_64))
+    return jnp.where(jnp.abs(u) > _JOINT, far, near)
 
 
 @with_partials(
@@ -274,7 +274,7 @@ def _log_cosh_delta2(r: Array, delta: Array) -> Array:
     u = jnp.abs(_unit(r, delta))
     e = jnp.exp(-2 * u)
     far = 4 * u * e / (1 + e) - 2 * (math.log(2) - jnp.log1p(e)) + u * u * _sech2(r, delta)
-    near = _log_cosh_delta(r, delta) / delta - u * jnp.abs(_log_cosh_mixed(r, delta))
+    near = u * (u * (u * (u * _series(u * u, _DELTA2_32, _DELTA2_64))))
     return jnp.where(u > _JOINT, far, near)
 
 
@@ -293,14 +293,22 @@ _FLAT = 400.0  # r / delta from which sech**2 is 0 in every precision
 
 
 def _value_series(z: Array) -> Array:
-    """(log cosh u - u**2 / 2) / u**4 in z = u**2, minimax up to the joint."""
-    return polynomial(z, _VALUE_64 if z.dtype == jnp.float64 else _VALUE_32)
+    """(log cosh u - u**2 / 2) / u**4 in z = u**2."""
+    return _series(z, _VALUE_32, _VALUE_64)
 
 
 def _slope_series(z: Array) -> Array:
-    """(tanh u - u) / u**3 in z = u**2, minimax up to the joint."""
-    return polynomial(z, _SLOPE_64 if z.dtype == jnp.float64 else _SLOPE_32)
+    """(tanh u - u) / u**3 in z = u**2."""
+    return _series(z, _SLOPE_32, _SLOPE_64)
 
+
+def _series(z: Array, single: tuple[float, ...], double: tuple[float, ...]) -> Array:
+    """A minimax polynomial for the precision of z: up to the joint, in _log_cosh_delta up to 1."""
+    return polynomial(z, double if z.dtype == jnp.float64 else single)
+
+
+# Of the value and the slope as above; of what stands in _log_cosh_delta, _log_cosh_mixed and
+# _log_cosh_delta2, over the power of u that they begin with.
 
 # fmt: off
 _VALUE_32 = (
@@ -322,6 +330,41 @@ _SLOPE_64 = (
     -0.008863221002700417, 0.003591989174171409, -0.0014549588790114668,
     0.0005863165416739727, -0.00022856421066295903, 7.714436331846061e-05,
     -1.6072566963512767e-05,
+)
+_DELTA_32 = (
+    0.16666666665415025, -0.08888888640527244, 0.040476108479912606, -0.017494531008707764,
+    0.0073789913929030075, -0.0030516750392980503, 0.0012077593705269263,
+    -0.0004209382413587263, 0.00010850839776102556, -1.4498586684581439e-05,
+)
+_DELTA_64 = (
+    0.16666666666666666, -0.08888888888888889, 0.04047619047619048, -0.01749559082892416,
+    0.007386029608251749, -0.0030789668884888383, 0.0012738550886415292,
+    -0.0005244688360882594, 0.0002152162003473032, -8.810487538950701e-05,
+    3.6005058135433985e-05, -1.469410211082186e-05, 5.9900339654974105e-06,
+    -2.4384546099592805e-06, 9.895416469190414e-07, -3.978610039875819e-07,
+    1.5603244159003133e-07, -5.786897320148164e-08, 1.9321023760103844e-08,
+    -5.426320848542117e-09, 1.1704359912503845e-09, -1.6863964164656636e-10,
+    1.1980684232270514e-11,
+)
+_MIXED_32 = (
+    0.6666666657782155, -0.5333331100306452, 0.3238002914866809, -0.17481143542159985,
+    0.08754032151305012, -0.03875322118010126, 0.01121582721572889,
+)
+_MIXED_64 = (
+    0.6666666666666666, -0.5333333333333332, 0.3238095238094988, -0.17495590828759544,
+    0.08863235524238856, -0.04310553526906652, 0.020381665719041014, -0.009440295479679874,
+    0.004303403972176167, -0.0019341192787946954, 0.0008505636376324807,
+    -0.0003511859448315776, 0.00011959328181757888, -2.3860938579908752e-05,
+)
+_DELTA2_32 = (
+    -0.49999999916382415, 0.4444442342780715, -0.283324643591624, 0.15732431866456206,
+    -0.08021812469784864, 0.035927076692472915, -0.010467707179957876,
+)
+_DELTA2_64 = (
+    -0.5, 0.4444444444444443, -0.2833333333333091, 0.1574603174587261, -0.08124632563602249,
+    0.040026568419506664, -0.01910781115247088, 0.008915831413195865, -0.0040882182949176634,
+    0.001846153076371265, -0.0008150062412886079, 0.00033750638185739955,
+    -0.00011517383549896093, 2.3008979522176295e-05,
 )
 # fmt: on
 
@@ -377,11 +420,12 @@ def _soft_clipped(r: Array, delta: Array) -> Array:
 
 @with_partials(
     lambda r, d: sine(r, d) ** 3,
-    lambda r, d: -(_versine(r, d) ** 2) * (2 + cosine(r, d)),
+    lambda r, d: -(_versine(r, d) * (2 + cosine(r, d))) * _versine(r, d),
 )
 def _pseudo_huber_delta(r: Array, delta: Array) -> Array:
     delta = finite(delta)
-    return delta * _versine(r, delta) ** 2 / cosine(r, delta)
+    s, c = sine(r, delta), cosine(r, delta)
+    return multiply(delta, s, s, s, s, 1 / (c * (1 + c) ** 2))
 
 
 @with_partials(
@@ -483,7 +527,7 @@ def _fair_delta(r: Array, delta: Array) -> Array:
     a, delta = jnp.abs(r), finite(delta)
     u = jnp.minimum(a, 2 * delta) / delta
     s = u / (2 + u)
-    near = delta * (u * s * u / (1 + u) - 4 * s * s * s * atanh_series(s * s))
+    near = multiply(delta, s, u * u / (1 + u) - 4 * s * s * atanh_series(s * s))
     share = _fair_share(r, delta)
     far = a - delta * (2 * jnp.log1p(_held(a, delta)) - share)
     return jnp.where(a > 2 * delta, far, near)
@@ -498,7 +542,9 @@ def _fair_delta2(r: Array, delta: Array) -> Array:
     a, delta = jnp.abs(r), finite(delta)
     share = _fair_share(r, delta)
     far = share * (3 - _fair_weight(r, delta)) - 2 * jnp.log1p(a / delta)
-    near = _fair_delta(r, delta) / delta - jnp.minimum(a, 2 * delta) / delta * share**2
+    u = jnp.minimum(a, 2 * delta) / delta
+    s = u / (2 + u)
+    near = s * (u * u / (1 + u) - 4 * s * s * atanh_series(s * s)) - u * share**2
     return jnp.where(a > 2 * delta, far, near)
 
 

@@ -18,11 +18,13 @@ from jax.typing import ArrayLike
 from robustloss.losses._elementwise import (
     constrained,
     elementwise,
+    partials_of,
     positive,
     product,
     quotient,
     with_partials,
 )
+from robustloss.losses._extended import multiply, one_plus_square
 from robustloss.losses._pieces import (
     atanh_series,
     careful_ratio,
@@ -111,9 +113,9 @@ def _cauchy_delta(r: Array, delta: Array) -> Array:
     a, delta = jnp.abs(r), finite(delta)
     z = ratio(r, delta) ** 2
     s = z / (2 + z)
-    near = s * z / (1 + z) + 2 * s * s * s * atanh_series(s * s)
+    near = multiply(delta, s, z / (1 + z) + 2 * s * s * atanh_series(s * s))
     far = 2 * _log(a, delta) + jnp.log1p(z) - 1 / (1 + z)
-    return delta * jnp.where(a > delta, far, near)
+    return jnp.where(a > delta, delta * far, near)
 
 
 @with_partials(
@@ -121,7 +123,15 @@ def _cauchy_delta(r: Array, delta: Array) -> Array:
     lambda r, d: -2 * sine(r, d) ** 4 * (1 - 4 * cosine(r, d) ** 2) / d,
 )
 def _cauchy_delta2(r: Array, delta: Array) -> Array:
-    return _cauchy_delta(r, delta) / delta - 2 * sine(r, delta) ** 4
+    """log(1 + z) - t - 2 t**2, t = z / (1 + z)."""
+    a, delta = jnp.abs(r), finite(delta)
+    z = ratio(r, delta) ** 2
+    s, t = z / (2 + z), z / (1 + z)
+    near = s * (t + 2 * s * s * atanh_series(s * s)) - 2 * t * t
+    one = jnp.ones_like(delta)
+    w = one_plus_square(r, one, 0 * one, delta)
+    far = w.log - (w.t + 2 * w.t * w.t - w.lost)
+    return jnp.where(jnp.isinf(r), a, jnp.where(a > delta, far, near))
 
 
 def _log(a: Array, delta: Array) -> Array:
@@ -167,7 +177,7 @@ def geman_mcclure(
 
 @with_partials(
     lambda r, d: _geman_mcclure_slope(r, d),
-    lambda r, d: finite(d) * sine(r, d) ** 4,
+    lambda r, d: _geman_mcclure_slope(d, jnp.abs(r)) + flat(r),
 )
 def _geman_mcclure(r: Array, delta: Array) -> Array:
     delta = finite(delta)
@@ -177,9 +187,11 @@ def _geman_mcclure(r: Array, delta: Array) -> Array:
 
 @with_partials(
     lambda r, d: _geman_mcclure_bend(r, d),
-    lambda r, d: 4 * (sine(r, d) * cosine(r, d)) ** 3,
+    lambda r, d: _geman_mcclure_mixed(r, d),
 )
 def _geman_mcclure_slope(r: Array, delta: Array) -> Array:
+    # The loss, (r delta)**2 / (r**2 + delta**2) / 2, is the same with |r| and delta exchanged:
+    # so this is its derivative in delta, too.
     a = jnp.abs(r)
     t, t2, q, lost_t, lost_t2, lost_q = careful_ratio(r, delta)
     small = jnp.minimum(a, delta) / (q * q)
@@ -202,6 +214,20 @@ def _geman_mcclure_bend(r: Array, delta: Array) -> Array:
     outside = outside + outside * (2 * lost_t2)
     bend = cube * jnp.where(jnp.abs(r) > delta, outside, 1 - 3 * t2)
     return jnp.where(jnp.isinf(r), flat(delta), bend) + flat(r)
+
+
+@with_partials(
+    lambda r, d: -12 * sine(r, d) ** 2 * cosine(r, d) ** 4 * (1 - 2 * cosine(r, d) ** 2) / d,
+    lambda r, d: 12 * (sine(r, d) * cosine(r, d)) ** 3 * (1 - 2 * cosine(r, d) ** 2) / d,
+)
+def _geman_mcclure_mixed(r: Array, delta: Array) -> Array:
+    """4 u**3 / (1 + u**2)**3, and u / (1 + u**2) is the same of 1 / u."""
+    t = ratio(r, delta)
+    return _cube(jnp.sign(r) * (t / (1 + t * t)))
+
+
+def _cube(x: Array) -> Array:
+    return 4 * x * x * x
 
 
 def welsch(
@@ -247,7 +273,7 @@ def _welsch(r: Array, delta: Array) -> Array:
 
 @with_partials(
     lambda r, d: _welsch_bend(r, d),
-    lambda r, d: 2 * _tail(r, d) ** 3 * jnp.exp(-(_tail(r, d) ** 2)),
+    lambda r, d: _welsch_mixed(r, d),
 )
 def _welsch_slope(r: Array, delta: Array) -> Array:
     _, times_weight = _welsch_weight(r, delta)
@@ -255,22 +281,61 @@ def _welsch_slope(r: Array, delta: Array) -> Array:
 
 
 @with_partials(
-    lambda r, d: (4 * _tail(r, d) ** 2 - 6) * _tail(r, d) * jnp.exp(-(_tail(r, d) ** 2)) / d,
-    lambda r, d: (6 - 4 * _tail(r, d) ** 2) * _tail(r, d) ** 2 * jnp.exp(-(_tail(r, d) ** 2)) / d,
+    lambda r, d: _welsch_third(r, d),
+    lambda r, d: -_tail(r, d) * _welsch_third(r, d),
 )
 def _welsch_bend(r: Array, delta: Array) -> Array:
     z, times_weight = _welsch_weight(r, delta)
     return times_weight(1 - 2 * z)
 
 
+@with_partials(
+    lambda r, d: -_tail(r, d) * _welsch_third(r, d),
+    lambda r, d: _tail(r, d) ** 2 * _welsch_third(r, d),
+)
+def _welsch_mixed(r: Array, delta: Array) -> Array:
+    """2 u**3 exp(-z), u = r / delta, z = u**2."""
+    u, (_, times_weight) = _tail(r, delta), _welsch_weight(r, delta)
+    return times_weight(2 * u * u * u)
+
+
+@with_partials(lambda r, d: _welsch_mixed(r, d), lambda r, d: _welsch_delta2(r, d))
 def _welsch_delta(r: Array, delta: Array) -> Array:
-    """delta (1 - (1 + z) exp(-z)), z = (r / delta)**2."""
+    """delta (1 - (1 + z) exp(-z))."""
     delta = finite(delta)
     z = _tail(r, delta) ** 2
+    far = delta * (1 - (1 + z) * jnp.exp(-z))
+    return jnp.where(z > math.log(2), far, multiply(delta, z, z, _welsch_series(z)))
+
+
+@with_partials(
+    lambda r, d: _tail(r, d) ** 2 * _welsch_third(r, d),
+    lambda r, d: -(_tail(r, d) ** 3) * _welsch_third(r, d),
+)
+def _welsch_delta2(r: Array, delta: Array) -> Array:
+    """1 - (1 + z + 2 z**2) exp(-z)."""
+    z = _tail(r, finite(delta)) ** 2
+    e = jnp.exp(-z)
+    near = z * (z * (_welsch_series(z) - 2 * e))
+    return jnp.where(z > math.log(2), 1 - (1 + z + 2 * z * z) * e, near)
+
+
+def _welsch_series(z: Array) -> Array:
+    """(1 - (1 + z) exp(-z)) / z**2 for z up to log 2."""
     held = jnp.where(z > math.log(2), 0.0, z)
     series = exp_series(held)
-    near = held * held * (1 + series + held * series)
-    return delta * jnp.where(z > math.log(2), 1 - (1 + z) * jnp.exp(-z), near)
+    return 1 + series + held * series
+
+
+@with_partials(
+    *partials_of(
+        lambda r, d: (4 * _tail(r, d) ** 2 - 6) * _tail(r, d) * jnp.exp(-(_tail(r, d) ** 2)) / d, 2
+    )
+)
+def _welsch_third(r: Array, delta: Array) -> Array:
+    """u (4 z - 6) exp(-z) / delta; times a power of -u it is every third derivative."""
+    z, times_weight = _welsch_weight(r, delta)
+    return times_weight((4 * z - 6) * _tail(r, delta) / delta)
 
 
 def _welsch_weight(r: Array, delta: Array) -> tuple[Array, Callable[[Array], Array]]:
@@ -339,7 +404,7 @@ def _tukey(r: Array, delta: Array) -> Array:
     a = _at_most(jnp.abs(r), delta)
     z = (a / delta) ** 2
     q = _margin(a, delta)
-    far = delta * (delta * (1 - q * q * q)) / 6
+    far = delta * (delta * ((1 - q * q * q) / 6))
     return jnp.where(z > 0.5, far, 0.5 * a * (a * (1 - z + z * z / 3)))
 
 
@@ -351,21 +416,55 @@ def _tukey_slope(r: Array, delta: Array) -> Array:
     return inside * (q * q)
 
 
+@with_partials(
+    lambda r, d: _tukey_third(r, d),
+    lambda r, d: -_share(r, d) * _tukey_third(r, d),
+)
 def _tukey_bend(r: Array, delta: Array) -> Array:
     delta = finite(delta)
-    u = _inside(r, delta) / delta
+    u = _share(r, delta)
     return _margin(jnp.abs(r), delta) * (1 - 5 * u * u)
 
 
+@with_partials(
+    lambda r, d: -_share(r, d) * _tukey_third(r, d),
+    lambda r, d: _share(r, d) ** 2 * _tukey_third(r, d),
+)
 def _tukey_mixed(r: Array, delta: Array) -> Array:
+    """4 u**3 (1 - u**2), u = r / delta."""
     delta = finite(delta)
-    return 4 * (_inside(r, delta) / delta) ** 3 * _margin(jnp.abs(r), delta)
+    return _cube(_share(r, delta)) * _margin(jnp.abs(r), delta)
 
 
+@with_partials(lambda r, d: _tukey_mixed(r, d), lambda r, d: _tukey_delta2(r, d))
 def _tukey_delta(r: Array, delta: Array) -> Array:
+    """delta u**4 (1 - 2 / 3 u**2), and delta / 3 beyond delta."""
     delta = finite(delta)
-    z = (_inside(r, delta) / delta) ** 2
-    return delta * jnp.where(jnp.abs(r) > delta, 1 / 3, z * z * (1 - 2 * z / 3))
+    u = _share(r, delta)
+    inside = multiply(delta, u, u, u, u, 1 - 2 * u * u / 3)
+    return jnp.where(jnp.abs(r) > delta, delta / 3, inside)
+
+
+@with_partials(
+    lambda r, d: _share(r, d) ** 2 * _tukey_third(r, d),
+    lambda r, d: -(_share(r, d) ** 3) * _tukey_third(r, d),
+)
+def _tukey_delta2(r: Array, delta: Array) -> Array:
+    """u**4 (10 / 3 u**2 - 3), and 1 / 3 beyond delta."""
+    delta = finite(delta)
+    z = _share(r, delta) ** 2
+    return jnp.where(jnp.abs(r) > delta, 1 / 3, z * (z * (10 * z / 3 - 3)))
+
+
+def _tukey_third(r: Array, delta: Array) -> Array:
+    """u (20 u**2 - 12) / delta; times a power of -u it is every third derivative."""
+    u = _share(r, delta)
+    return u * (20 * u * u - 12) / delta
+
+
+def _share(r: Array, delta: Array) -> Array:
+    """r / delta up to |r| = delta and 0 beyond."""
+    return _inside(r, delta) / delta
 
 
 @with_partials(
@@ -435,21 +534,42 @@ def _andrews_bend(r: Array, delta: Array) -> Array:
     return jnp.where(jnp.abs(r) >= math.pi * delta, 0.0, jnp.cos(_wave(r, delta)))
 
 
+@with_partials(
+    lambda r, d: _wave(r, d) * jnp.sin(_wave(r, d)) / d,
+    lambda r, d: -(_wave(r, d) ** 2) * jnp.sin(_wave(r, d)) / d,
+)
 def _andrews_mixed(r: Array, delta: Array) -> Array:
-    """sin u - u cos u."""
+    """sin u - u cos u, u = r / delta."""
     u = _wave(r, delta)
     held = jnp.where(jnp.abs(u) > 1, 1.0, u)
-    near = held**3 * polynomial(held * held, _MIXED)
+    near = held * (held * (held * polynomial(held * held, _MIXED)))
     return jnp.where(jnp.abs(u) > 1, jnp.sin(u) - u * jnp.cos(u), near)
 
 
+@with_partials(lambda r, d: _andrews_mixed(r, d), lambda r, d: _andrews_delta2(r, d))
 def _andrews_delta(r: Array, delta: Array) -> Array:
-    """delta (2 (1 - cos u) - u sin u), 4 delta beyond."""
+    """delta (2 (1 - cos u) - u sin u), and 4 delta from pi delta on."""
     u = _wave(r, delta)
     held = jnp.where(jnp.abs(u) > 1, 1.0, u)
-    near = held**4 * polynomial(held * held, _BY_DELTA)
-    g = jnp.where(jnp.abs(u) > 1, 2 * (1 - jnp.cos(u)) - u * jnp.sin(u), near)
-    return finite(delta) * jnp.where(jnp.abs(r) >= math.pi * finite(delta, 4), 4.0, g)
+    beyond, delta = jnp.abs(r) >= math.pi * finite(delta, 4), finite(delta)
+    near = multiply(delta, held, held, held, held, polynomial(held * held, _BY_DELTA))
+    far = delta * jnp.where(beyond, 4.0, 2 * (1 - jnp.cos(u)) - u * jnp.sin(u))
+    return jnp.where(beyond | (jnp.abs(u) > 1), far, near)
+
+
+@with_partials(
+    lambda r, d: -(_wave(r, d) ** 2) * jnp.sin(_wave(r, d)) / d,
+    lambda r, d: _wave(r, d) ** 3 * jnp.sin(_wave(r, d)) / d,
+)
+def _andrews_delta2(r: Array, delta: Array) -> Array:
+    """2 (1 - cos u) - 2 u sin u + u**2 cos u, and 4 from pi delta on."""
+    u = _wave(r, delta)
+    held = jnp.where(jnp.abs(u) > 1, 1.0, u)
+    z = held * held
+    near = z * (z * polynomial(z, _BY_DELTA2))
+    far = 2 * (1 - jnp.cos(u)) - 2 * u * jnp.sin(u) + u * u * jnp.cos(u)
+    bend = jnp.where(jnp.abs(u) > 1, far, near)
+    return jnp.where(jnp.abs(r) >= math.pi * finite(delta, 4), 4.0, bend)
 
 
 def _arc(r: Array, delta: Array) -> Array:
@@ -469,6 +589,9 @@ def _wave(r: Array, delta: Array) -> Array:
 _VALUE = tuple((-1.0) ** k * 2 / math.factorial(2 * k + 2) for k in range(13))
 _MIXED = tuple((-1.0) ** (k + 1) * 2 * k / math.factorial(2 * k + 1) for k in range(1, 11))
 _BY_DELTA = tuple((-1.0) ** k * (2 * k - 2) / math.factorial(2 * k) for k in range(2, 12))
+_BY_DELTA2 = tuple(
+    (-1.0) ** (k + 1) * (4 * k - 2) * (k - 1) / math.factorial(2 * k) for k in range(2, 13)
+)
 
 
 def hampel(
@@ -551,10 +674,20 @@ def _hampel_by_a(r: Array, a: Array, b: Array, c: Array) -> Array:
     return jnp.where(jnp.abs(r) > a, x - a + rise, 0.0) + flat(r)
 
 
+@with_partials(
+    lambda r, b, c: -jnp.sign(r) * _falling(r, b, c) / (c - b),
+    lambda r, b, c: _falling(r, b, c) * _fall(r, b, c) / (c - b),
+    lambda r, b, c: _falling(r, b, c) * (1 - _fall(r, b, c)) / (c - b),
+)
 def _fall(r: Array, b: Array, c: Array) -> Array:
     """1 up to |r| = b, then falling linearly to 0 at c."""
     x = _at_most(jnp.abs(r), c)
     return jnp.where(x > b, (c - x) / (c - b), 1.0)
+
+
+def _falling(r: Array, b: Array, c: Array) -> Array:
+    """1 between b and c, c included."""
+    return within(r, c) - within(r, b)
 
 
 def _past(r: Array, b: Array) -> Array:
