@@ -40,8 +40,8 @@ def over_axis(
     keep = None if where is None else mask(where, shape)
     w = None if keep is None else keep.astype(jnp.int32)
     if weights is not None:
-        w = ratios(weights, shape, where, axes_of(axis, len(shape)))
-        dtype = jnp.result_type(dtype, real_array("weights", weights))
+        w, its_dtype = ratios(weights, shape, where, axes_of(axis, len(shape)))
+        dtype = jnp.result_type(dtype, its_dtype)
     r = r.astype(at_least_float32(dtype))
     r = r if keep is None else jnp.where(keep, r, 0)
 

@@ -15,6 +15,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from robustloss.losses._elementwise import (
+    _broadcasts,
     at_least_float32,
     check_loss,
     readable,
@@ -73,8 +74,8 @@ def mean(
     losses, keep, dtype = _kept(loss, predictions, targets, where)
     axes = axes_of(axis, losses.ndim)
     if weights is not None:
-        w = ratios(weights, losses.shape, where, axes)
-        dtype = jnp.result_type(dtype, real_array("weights", weights))
+        w, its_dtype = ratios(weights, losses.shape, where, axes)
+        dtype = jnp.result_type(dtype, its_dtype)
         wide = at_least_float32(dtype)
         return _weighted_mean(losses.astype(wide), w, axes).astype(dtype)
     size: Array | int = max(_length(losses, axes), 1)
@@ -182,7 +183,8 @@ def nonnegative(
     since XLA on a CPU takes what is below it for 0. Others are a ValueError where they can be
     read, and NaN where they are traced.
     """
-    w = _spread("weights", real_array("weights", weights), shape)
+    with np.errstate(over="ignore"):  # it is told below
+        w = _spread("weights", real_array("weights", weights), shape)
     given = _checked(weights, shape, where)
     if jnp.issubdtype(w.dtype, jnp.floating):
         info = jnp.finfo(w.dtype)
@@ -203,24 +205,36 @@ def nonnegative(
 
 def ratios(
     weights: ArrayLike, shape: tuple[int, ...], where: ArrayLike | None, axes: tuple[int, ...]
-) -> Array:
-    """`weights` of this shape, 0 where dropped, of which only the ratios along the axes count.
+) -> tuple[Array, jnp.dtype]:
+    """`weights` of this shape, 0 where dropped, for `relative` along the axes; and their dtype.
 
     Errors are those of `nonnegative`, but every finite magnitude will do: numbers that JAX's
     type cannot hold, such as NumPy's 1e-50 in float32, are multiplied by a power of 2 here.
     """
+    given = readable(weights)
+    if given is not None and given.dtype == np.float64:
+        weights = _scaled(given, shape, where, axes)
     array = real_array("weights", weights)
-    _spread("weights", array, shape)
-    given = _checked(weights, shape, where)
-    dtype = array.dtype if jnp.issubdtype(array.dtype, jnp.floating) else jnp.result_type(float)
-    if given is not None and np.any(_lost(given, at_least_float32(dtype))):
-        kept = np.broadcast_to(True if where is None else np.asarray(where), shape)
-        host = np.where(kept, np.broadcast_to(np.asarray(weights), shape), 0).astype(float)
-        _, exponent = np.frexp(host.max(axes, keepdims=True, initial=0))
-        array = jnp.asarray(np.ldexp(host, -exponent), at_least_float32(dtype))
     w = _spread("weights", array, shape)
+    _checked(weights, shape, where)
     w = w if where is None else jnp.where(mask(where, shape), w, 0)
-    return w.astype(at_least_float32(dtype))
+    floating = jnp.issubdtype(array.dtype, jnp.floating)
+    wide = at_least_float32(array.dtype if floating else jnp.result_type(float))
+    return w.astype(wide), array.dtype
+
+
+def _scaled(
+    w: np.ndarray, shape: tuple[int, ...], where: ArrayLike | None, axes: tuple[int, ...]
+) -> np.ndarray:
+    """The same ratios along the axes, where the type that JAX will take cannot hold them."""
+    known = None if where is None else readable(where)
+    fit = all(_broadcasts(x.shape, shape) for x in (w, known) if x is not None)
+    if not (fit and np.any(_lost(w, jnp.result_type(float)))):
+        return w
+    w = np.broadcast_to(w, shape)
+    kept = np.broadcast_to(True if known is None else known, shape) & (w >= 0) & (w < np.inf)
+    _, exponent = np.frexp(np.max(w, axes, keepdims=True, initial=0, where=kept))
+    return np.ldexp(w, -exponent, where=kept, out=w.copy())
 
 
 def _checked(
