@@ -88,12 +88,11 @@ def fit(
       where the gradient is exactly 0 must have some curvature too, or the value 0: a plateau of
       a redescending loss, or a network of zeros, is at rest but no minimum.
 
-    It also stops, unconverged, where a value is not finite, and where a gradient that is exactly
-    0 no longer moves the parameters. The gradient of `absolute_error` jumps at its minimum
-    instead of getting small, so such a fit is not reported as converged unless the minimum is
-    flat. Nor is a fit under weight decay, such as `optax.adamw`: it comes to rest where the mean
-    loss still has a gradient, at the minimum of another function than the one that was given.
-    Where a model cannot be differentiated twice, the last two are left out.
+    It also stops, unconverged, where a value is not finite. The gradient of `absolute_error`
+    jumps at its minimum instead of getting small, so such a fit is not reported as converged
+    unless the minimum is flat. Nor is a fit under weight decay, such as `optax.adamw`: it comes
+    to rest where the mean loss still has a gradient, at the minimum of another function than the
+    one that was given. Where a model cannot be differentiated twice, the last two are left out.
 
     Args:
         loss: an elementwise function of the residual, such as `rl.huber`.
@@ -249,7 +248,7 @@ def _descend(turn: Turn, tests: _Tests, start: _State, steps: int) -> Fit:
         out_of_steps = after.k >= steps
         looks = tests.at_rest(before.value, after.value, after.gradient, pulls)
         looks &= (after.k >= carry.next) | out_of_steps
-        ended = tests.stuck(before, after) | out_of_steps | ~jnp.isfinite(after.value)
+        ended = out_of_steps | ~jnp.isfinite(after.value)
         return carry._replace(state=after, pulls=pulls, looks=looks, ended=ended)
 
     def look(carry: _Carry) -> _Carry:
@@ -336,12 +335,6 @@ class _Tests(NamedTuple):
         still = jnp.abs(value - before) <= self.tolerance * self.size(value)
         limit = self.tolerance ** (2 / 3) * jnp.maximum(pulls, self.typical)
         return still & jnp.all(self.sizes(gradient) <= limit) & jnp.isfinite(value)
-
-    def stuck(self, before: _State, after: _State) -> Array:
-        """The gradient is exactly 0 and moves nothing."""
-        leaves = zip(jax.tree.leaves(before.params), jax.tree.leaves(after.params), strict=True)
-        same = jnp.stack([jnp.all(a == b) for a, b in leaves])
-        return jnp.all(same) & jnp.all(self.sizes(after.gradient) == 0)
 
     def at_minimum(
         self, looks: Array, params: Params, value: Array, gradient: Params, pulls: Array
