@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
@@ -29,7 +30,8 @@ def fit_each(names: tuple[str, ...], X: Array, y: Array) -> tuple[Array, Array]:
 
     The residuals' scale is taken to be 1, and each `delta` is 95 % efficient at it. Convex losses
     start at the best of what is known by then; those that redescend start at MSE's fit. MAE is
-    the end of a path of Huber's fits with ever smaller `delta`, and converged if these are.
+    the end of a path of Huber's fits with ever smaller `delta`, and converged if these are. A fit
+    that starts, or ends, where a redescending loss is flat counts as converged too.
     """
     # In columns that are orthogonal.
     A = jnp.concatenate([jnp.ones((len(y), 1), X.dtype), X], axis=1)
@@ -63,7 +65,9 @@ def fit_each(names: tuple[str, ...], X: Array, y: Array) -> tuple[Array, Array]:
             found = fit(loss, known[0], _ONE_STEP, 5)
         else:
             found = fit(loss, least if redescends else best(loss))
-        fits[name] = found.params, found.converged
+        # Where no row has a say, `rl.fit` does not call it a minimum, but the fit has ended.
+        slope = jax.grad(lambda b, loss=loss: rl.mean(loss, _model(b, Q), y))(found.params)
+        fits[name] = found.params, found.converged | (redescends & jnp.all(slope == 0))
         if not redescends:
             known.append(found.params)
     params, converged = (jnp.stack(x) for x in zip(*fits.values(), strict=True))

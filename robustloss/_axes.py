@@ -12,7 +12,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from robustloss.losses._elementwise import at_least_float32, real_array, residual
-from robustloss.reduce import mask, nonnegative
+from robustloss.reduce import axes_of, mask, ratios, relative
 
 Axis = int | Sequence[int] | None
 
@@ -40,14 +40,15 @@ def over_axis(
     keep = None if where is None else mask(where, shape)
     w = None if keep is None else keep.astype(jnp.int32)
     if weights is not None:
-        w = nonnegative(weights, shape, where)
-        dtype = jnp.result_type(dtype, w)
-        w = w.astype(at_least_float32(dtype))
+        w, its_dtype = ratios(weights, shape, where, axes_of(axis, len(shape)))
+        dtype = jnp.result_type(dtype, its_dtype)
     r = r.astype(at_least_float32(dtype))
     r = r if keep is None else jnp.where(keep, r, 0)
 
     r = _rows(r, axis)
     w = None if w is None else _rows(w, axis)
+    if w is not None and weights is not None:
+        w = relative(w, (w.ndim - 1,))[0].astype(r.dtype)  # lest their sums overflow
     if r.shape[-1] == 0:  # one entry that is dropped
         r, w = jnp.zeros((*r.shape[:-1], 1), r.dtype), jnp.zeros((*r.shape[:-1], 1), jnp.int32)
     found = ~jnp.any(jnp.isnan(r), -1)

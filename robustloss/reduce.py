@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from robustloss.losses._elementwise import (
+    _broadcasts,
     at_least_float32,
     check_loss,
     readable,
@@ -46,26 +52,36 @@ def mean(
         predictions: real numbers of any shape; with `targets=None`, the residual itself.
         targets: of exactly the same shape, or None.
         where: booleans that broadcast to the residual; True keeps an entry.
-        weights: numbers >= 0 that broadcast to the residual.
+        weights: finite numbers >= 0 that broadcast to the residual; only their ratios count,
+            from the smallest numbers to the largest. One below 1e-38 of the largest counts as
+            0 (in float32, in float64 below 1e-308).
         axis: the axis or axes to reduce; None reduces all.
 
     Returns:
-        A scalar, or an array of the axes that are left, in the dtype of the residual.
+        A scalar, or an array of the axes that are left, in the dtype of the residual. It does
+        not overflow where n losses would in their sum; in exchange losses below 1e-38 n (in
+        float64 1e-308 n) count as 0.
 
     Raises:
-        ValueError: shapes that do not fit, negative or NaN weights.
+        ValueError: shapes that do not fit, weights that are negative, infinite or NaN (traced:
+            the result is NaN).
         TypeError: complex or non-numeric input, a `where` that is not boolean.
 
     >>> y, nan = jnp.array([1.0, 2.0, 3.0]), float("nan")
     >>> mean(rl.huber, jnp.array([1.0, 2.5, nan]), y, where=jnp.array([True, True, False]))
     Array(0.0625, dtype=float32)
     """
-    losses, w, dtype = _kept(loss, predictions, targets, where, weights)
-    if w is None:
-        summed = jnp.sum(losses, axis)
-        return (summed / max(losses.size // max(summed.size, 1), 1)).astype(dtype)
-    size = jnp.sum(w, axis)
-    return (jnp.sum(losses * w, axis) / jnp.where(size > 0, size, 1)).astype(dtype)
+    losses, keep, dtype = _kept(loss, predictions, targets, where)
+    axes = axes_of(axis, losses.ndim)
+    if weights is not None:
+        w, its_dtype = ratios(weights, losses.shape, where, axes)
+        dtype = jnp.result_type(dtype, its_dtype)
+        wide = at_least_float32(dtype)
+        return _weighted_mean(losses.astype(wide), w, axes).astype(dtype)
+    size: Array | int = max(_length(losses, axes), 1)
+    if keep is not None:
+        size = jnp.maximum(jnp.sum(keep, axes, losses.dtype), 1)
+    return _quotient(losses, jnp.asarray(size, losses.dtype), axes).astype(dtype)
 
 
 def total(
@@ -79,13 +95,20 @@ def total(
 ) -> Array:
     """The total loss over the entries kept: `sum(w rho(r))`.
 
-    Arguments, masks, weights and errors are those of `mean`. Nothing kept gives 0.
+    Arguments, masks and errors are those of `mean`. Nothing kept gives 0. A weight that is not
+    0 must be a normal number of its type, in float32 1.2e-38 or more: what is below is 0 to XLA
+    on a CPU, and so a ValueError (traced: NaN).
 
     >>> total(rl.huber, jnp.array([1.0, -3.0]), weights=jnp.array([1.0, 2.0]))
     Array(5.5, dtype=float32)
     """
-    losses, w, dtype = _kept(loss, predictions, targets, where, weights)
-    return jnp.sum(losses if w is None else losses * w, axis).astype(dtype)
+    losses, _, dtype = _kept(loss, predictions, targets, where)
+    if weights is not None:
+        w = nonnegative(weights, losses.shape, where)
+        dtype = jnp.result_type(dtype, w)
+        wide = at_least_float32(dtype)
+        losses = losses.astype(wide) * w.astype(wide)
+    return jnp.sum(losses, axes_of(axis, losses.ndim)).astype(dtype)
 
 
 def mae(
@@ -125,28 +148,22 @@ def mse(
 
 
 def _kept(
-    loss: Loss,
-    predictions: ArrayLike,
-    targets: ArrayLike | None,
-    where: ArrayLike | None,
-    weights: ArrayLike | None,
+    loss: Loss, predictions: ArrayLike, targets: ArrayLike | None, where: ArrayLike | None
 ) -> tuple[Array, Array | None, jnp.dtype]:
-    """The losses with 0 where dropped, their weights (None: all 1), and the result's dtype."""
+    """The losses with 0 where dropped, what is kept (None: all), and the result's dtype."""
     check_loss(loss)
     r, dtype = residual(predictions, targets)
     keep = None if where is None else mask(where, r.shape)
-    losses = loss(r) if keep is None else jnp.where(keep, loss(jnp.where(keep, r, 0)), 0)
-    if losses.shape != r.shape:
+    losses = loss(r) if keep is None else loss(jnp.where(keep, r, 0))
+    shape = getattr(losses, "shape", () if isinstance(losses, (int, float)) else None)
+    if shape != r.shape:
+        got = type(losses).__name__ if shape is None else f"shape {shape}"
         raise ValueError(
-            f"a loss must keep the residual's shape {r.shape}, got shape {losses.shape}"
+            f"a loss must be elementwise and keep the residual's shape {r.shape}, got {got}"
         )
-    losses = losses.astype(at_least_float32(losses.dtype))
-    if weights is None:
-        return losses, None if keep is None else keep.astype(losses.dtype), dtype
-    w = nonnegative(weights, r.shape, where)
-    dtype = jnp.result_type(dtype, w)
-    wide = at_least_float32(dtype)
-    return losses.astype(wide), w.astype(wide), dtype
+    losses = jnp.asarray(losses)
+    losses = losses if keep is None else jnp.where(keep, losses, 0)
+    return losses.astype(at_least_float32(losses.dtype)), keep, dtype
 
 
 def mask(where: ArrayLike, shape: tuple[int, ...]) -> Array:
@@ -160,14 +177,180 @@ def mask(where: ArrayLike, shape: tuple[int, ...]) -> Array:
 def nonnegative(
     weights: ArrayLike, shape: tuple[int, ...], where: ArrayLike | None = None
 ) -> Array:
-    """`weights` of this shape, 0 where dropped; those that can be read must be >= 0."""
-    w = _spread("weights", real_array("weights", weights), shape)
-    given, kept = readable(weights), True if where is None else readable(where)
-    if given is not None and kept is not None:
-        wrong = np.broadcast_to(given, shape)[np.broadcast_to(~(given >= 0) & kept, shape)]
-        if wrong.size:
-            raise ValueError(f"weights must be >= 0, got {wrong[0]}")
+    """`weights` of this shape, 0 where dropped.
+
+    Those that are kept must be finite, >= 0, and 0 or no less than the smallest normal number,
+    since XLA on a CPU takes what is below it for 0. Others are a ValueError where they can be
+    read, and NaN where they are traced.
+    """
+    with np.errstate(over="ignore"):  # it is told below
+        w = _spread("weights", real_array("weights", weights), shape)
+    given = _checked(weights, shape, where)
+    if jnp.issubdtype(w.dtype, jnp.floating):
+        info = jnp.finfo(w.dtype)
+        if given is None:
+            low = jnp.asarray(info.tiny, w.dtype)
+            size = lax.bitcast_convert_type(jnp.abs(w), f"uint{info.bits}")
+            small = (size > 0) & (size < lax.bitcast_convert_type(low, size.dtype))
+            w = jnp.where((w >= 0) & (w < jnp.inf) & ~small, w, jnp.nan)
+        elif (lost := given[_lost(given, w.dtype)]).size:
+            raise ValueError(
+                f"weights must be 0 or in [{float(info.tiny):.4g}, {float(info.max):.4g}], the "
+                f"numbers of {w.dtype}, got {lost[0]}"
+            )
+    elif given is None and jnp.issubdtype(w.dtype, jnp.signedinteger):
+        w = jnp.where(w >= 0, w.astype(float), jnp.nan)
     return w if where is None else jnp.where(mask(where, shape), w, 0)
+
+
+def ratios(
+    weights: ArrayLike, shape: tuple[int, ...], where: ArrayLike | None, axes: tuple[int, ...]
+) -> tuple[Array, jnp.dtype]:
+    """`weights` of this shape, 0 where dropped, for `relative` along the axes; and their dtype.
+
+    Errors are those of `nonnegative`, but every finite magnitude will do: numbers that JAX's
+    type cannot hold, such as NumPy's 1e-50 in float32, are multiplied by a power of 2 here.
+    """
+    given = readable(weights)
+    if given is not None and given.dtype == np.float64:
+        weights = _scaled(given, shape, where, axes)
+    array = real_array("weights", weights)
+    w = _spread("weights", array, shape)
+    _checked(weights, shape, where)
+    w = w if where is None else jnp.where(mask(where, shape), w, 0)
+    floating = jnp.issubdtype(array.dtype, jnp.floating)
+    wide = at_least_float32(array.dtype if floating else jnp.result_type(float))
+    return w.astype(wide), array.dtype
+
+
+def _scaled(
+    w: np.ndarray, shape: tuple[int, ...], where: ArrayLike | None, axes: tuple[int, ...]
+) -> np.ndarray:
+    """The same ratios along the axes, where the type that JAX will take cannot hold them."""
+    known = None if where is None else readable(where)
+    fit = all(_broadcasts(x.shape, shape) for x in (w, known) if x is not None)
+    if not (fit and np.any(_lost(w, jnp.result_type(float)))):
+        return w
+    w = np.broadcast_to(w, shape)
+    kept = np.broadcast_to(True if known is None else known, shape) & (w >= 0) & (w < np.inf)
+    _, exponent = np.frexp(np.max(w, axes, keepdims=True, initial=0, where=kept))
+    return np.ldexp(w, -exponent, where=kept, out=w.copy())
+
+
+def _checked(
+    weights: ArrayLike, shape: tuple[int, ...], where: ArrayLike | None
+) -> np.ndarray | None:
+    """The weights that are kept, all finite and >= 0; None where they cannot be read."""
+    given, kept = readable(weights), True if where is None else readable(where)
+    if given is None or kept is None:
+        return None
+    given = np.broadcast_to(given, shape)[np.broadcast_to(kept, shape)]
+    for law, holds in ((">= 0", given >= 0), ("finite", given < np.inf)):
+        if not np.all(holds):
+            raise ValueError(f"weights must be {law}, got {given[~holds][0]}")
+    return given
+
+
+def _lost(given: np.ndarray, dtype: Any) -> np.ndarray:
+    """Which of these would become 0 or infinite."""
+    info = jnp.finfo(dtype)
+    return (given > 0) & ((given < float(info.tiny)) | (given > float(info.max)))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _quotient(x: Array, divisor: Array, axes: tuple[int, ...]) -> Array:
+    """`sum(x) / divisor`, finite where this is, for a sum of n numbers that may not be.
+
+    Each x is divided by a power of 2 that is no less than n, which is exact and, in one pass
+    with whatever made x, costs no time.
+    """
+    share = 1 / _next_power_of_2(_length(x, axes))
+    return jnp.sum(x * share, axes) / (divisor * share)
+
+
+@_quotient.defjvp
+def _quotient_jvp(axes: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Array, Array]:
+    x, divisor = primals  # a number that is not differentiated
+    return _quotient(x, divisor, axes), jnp.sum(tangents[0], axes) / divisor
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _weighted_mean(x: Array, w: Array, axes: tuple[int, ...]) -> Array:
+    """`sum(w x) / sum(w)`, 0 where all w are 0, for w of any magnitude."""
+    w = relative(w, axes)[0].astype(x.dtype)
+    size = jnp.sum(w, axes)
+    return _quotient(0.25 * w * x, 0.25 * jnp.where(size == 0, 1, size), axes)
+
+
+def _weighted_mean_jvp(axes: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Array, Array]:
+    (x, w), (x_dot, w_dot) = primals, tangents
+    out = _weighted_mean(x, w, axes)
+    near, unit = (a.astype(x.dtype) for a in relative(w, axes))
+    size = jnp.sum(near, axes, keepdims=True)
+    size = jnp.where(size == 0, 1, size)
+    tangent = jnp.zeros_like(out)
+    if not isinstance(x_dot, SymbolicZero):
+        tangent += jnp.sum(x_dot * near / size, axes)
+    if not isinstance(w_dot, SymbolicZero):
+        # One difference, where the quotient rule has two terms that may be infinite.
+        w_dot = w_dot.astype(x.dtype)
+        tangent += jnp.sum(w_dot * unit * (x - jnp.expand_dims(out, axes)) / size, axes)
+    return out, tangent
+
+
+_weighted_mean.defjvp(_weighted_mean_jvp, symbolic_zeros=True)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def relative(w: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """`w unit` and the unit, a power of 2 that takes the largest w along the axes to [1, 4).
+
+    A w that is negative or not finite is NaN. Subnormal numbers, which XLA on a CPU reads as 0,
+    are read from their bits.
+    """
+    info = jnp.finfo(w.dtype)
+    bits = lax.bitcast_convert_type(w, jnp.int32 if info.bits == 32 else jnp.int64)
+    minus_0 = jnp.iinfo(bits.dtype).min
+    top, bias = info.maxexp, info.maxexp - 1
+
+    def power_of_2(exponent: Array) -> Array:
+        return lax.bitcast_convert_type((exponent + bias) << info.nmant, w.dtype)
+
+    largest = jnp.max(bits, axes, keepdims=True, initial=0)
+    exponent = jnp.clip(largest >> info.nmant, 1, 2 * top - 3) - bias
+    exponent = jnp.where(largest == 0, 0, exponent)
+    unit = power_of_2(-exponent)
+    lowest = 1 << info.nmant  # of the normal numbers
+    fraction = (bits & (lowest - 1)).astype(w.dtype) * (1 / lowest)
+    subnormal = fraction * power_of_2(jnp.maximum(2 - top - exponent, 2 - top))
+    valid = ((bits >= 0) & (bits < (2 * top - 1) << info.nmant)) | (bits == minus_0)
+    near = jnp.where(jnp.abs(bits) < lowest, subnormal, w * unit)
+    return jnp.where(valid, near, jnp.nan), unit
+
+
+@relative.defjvp
+def _relative_jvp(axes: tuple[int, ...], primals: Any, tangents: Any) -> Any:
+    near, unit = relative(*primals, axes)
+    return (near, unit), (tangents[0] * unit, jnp.zeros_like(unit))
+
+
+def _next_power_of_2(n: int) -> float:
+    return float(1 << max(n - 1, 0).bit_length())
+
+
+def axes_of(axis: Axis, ndim: int) -> tuple[int, ...]:
+    """The axes to reduce, counted from 0."""
+    if axis is None:
+        return tuple(range(ndim))
+    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    for each in axes:
+        if not -ndim <= each < ndim:
+            raise ValueError(f"axis {each} is out of bounds for an array of {ndim} dimensions")
+    return tuple(each % ndim for each in axes)
+
+
+def _length(x: Array, axes: tuple[int, ...]) -> int:
+    return math.prod(x.shape[axis] for axis in axes)
 
 
 def _spread(name: str, x: Array, shape: tuple[int, ...]) -> Array:

@@ -194,9 +194,15 @@ def test_errors(reduction):
         reduction(r, axis=2)
 
 
-def test_a_loss_that_reduces_is_refused():
-    with pytest.raises(ValueError, match=r"keep the residual's shape \(3,\), got shape \(\)"):
-        rl.mean(jnp.sum, jnp.ones(3))
+@pytest.mark.parametrize("reduction", [rl.mean, rl.total])
+@pytest.mark.parametrize("loss", [jnp.sum, lambda r: 1.0, lambda r: None])
+def test_a_loss_that_is_not_elementwise_is_refused(loss, reduction):
+    got = "NoneType" if loss(jnp.ones(3)) is None else r"shape \(\)"
+    for given in ({}, {"where": jnp.ones(3, bool)}):
+        with pytest.raises(
+            ValueError, match=rf"loss must.* keep the residual's shape \(3,\), got {got}"
+        ):
+            reduction(loss, jnp.ones(3), **given)
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -232,3 +238,130 @@ def test_strict_promotion(name):
 def test_a_loss_of_the_users_own_in_16_bits_is_summed_in_float32():
     r = jnp.ones(100_000, jnp.float32)
     assert rl.mean(lambda r: (2 * r).astype(jnp.float16), r) == 2
+
+
+# Only the ratios of weights count, whatever their size; and a mean is finite where it can be.
+
+
+def weights_of_size(size, n=7):
+    """Not all equal, and none lost by float32 even where it is subnormal."""
+    return (np.linspace(1.0, 3.0, n) * size).astype(np.float32 if size >= 1e-38 else np.float64)
+
+
+SIZES = [1e38, 3e19, 1.0, 1e-19, 1e-37, 1e-38]
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64])
+def test_only_the_ratios_of_weights_count(dtype, x64):
+    with jax.enable_x64(x64):
+        if dtype == jnp.float64 and not x64:
+            return
+        r = jnp.asarray(np.linspace(-2, 3, 7), dtype)
+
+        def f(r, w):
+            return rl.mean(rl.huber, r, weights=w).astype(jnp.float32)
+
+        both = jax.value_and_grad(f, (0, 1))
+        want, (by_r, by_w) = both(r, jnp.asarray(weights_of_size(1.0)))
+        runs = (both, jax.jit(both), lambda r, w: jax.tree.map(
+            lambda a: a[0], jax.vmap(both)(r[None], w[None])
+        ))  # fmt: skip
+        for size, run in itertools.product(SIZES, runs):
+            w = jnp.asarray(weights_of_size(size), jnp.float32)
+            value, (of_r, of_w) = run(r, w)
+            rtol = 3e-6 if size > 1e-37 else 1e-5
+            np.testing.assert_allclose(value, want, rtol=rtol)
+            np.testing.assert_allclose(
+                of_r.astype(jnp.float32), by_r.astype(jnp.float32),
+                rtol=max(rtol, 2 * float(jnp.finfo(dtype).eps)), atol=1e-7,
+            )  # fmt: skip
+            expected = np.float64(by_w) / size
+            held = (abs(expected) > 2e-38) & (abs(expected) < 3e38)
+            np.testing.assert_allclose(of_w[held], expected[held], rtol=2e-5)
+
+
+@pytest.mark.parametrize("factor", [1e-300, 1e-50, 1e-39, 1e50, 1e300])
+def test_weights_that_float32_cannot_hold(factor):
+    """As read from NumPy or Python, each row of its own size."""
+    r, w = jnp.linspace(-2, 3, 7), np.linspace(1.0, 3.0, 7)
+    want = rl.mean(rl.huber, r, weights=w)
+    np.testing.assert_allclose(rl.mean(rl.huber, r, weights=factor * w), want, rtol=1e-6)
+    equal = rl.mean(rl.huber, r, weights=factor)
+    np.testing.assert_allclose(equal, rl.mean(rl.huber, r), rtol=1e-6)
+    two = rl.mean(rl.huber, jnp.stack([r, r]), weights=np.stack([w, factor * w]), axis=1)
+    np.testing.assert_allclose(two, [want, want], rtol=1e-6)
+    with pytest.raises(ValueError, match=r"weights must be 0 or in \[1.175e-38, 3.403e\+38\]"):
+        rl.total(rl.huber, r, weights=factor * w)
+
+
+def test_a_total_of_small_weights_is_right_or_refused():
+    r = jnp.full(3, 2.0)
+    np.testing.assert_allclose(rl.total(rl.squared_error, r, weights=1e38), INF)
+    np.testing.assert_allclose(rl.total(rl.squared_error, r, weights=2e37), 2.4e38, rtol=1e-6)
+    np.testing.assert_allclose(rl.total(rl.squared_error, r, weights=2e-38), 2.4e-37, rtol=1e-6)
+    with pytest.raises(ValueError, match="weights must be 0 or"):
+        rl.total(rl.squared_error, r, weights=np.float32(1e-39))
+    assert np.isnan(jax.jit(lambda w: rl.total(rl.huber, r, weights=w))(jnp.full(3, 1e-39)))
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_a_mean_is_finite_where_its_sum_is_not(x64):
+    with jax.enable_x64(x64):
+        top = 1e300 if x64 else 1e36
+        r = jnp.full((3, 1000), np.sqrt(top))
+        w = jnp.linspace(1, 2, 1000)
+        keep = jnp.arange(1000) < 990
+        for given in ({}, {"where": keep}, {"weights": w}, {"where": keep, "weights": 1e38 * w}):
+            for axis in (None, 1):
+                f = partial(rl.mean, rl.squared_error, axis=axis, **given)
+                for run in (f, jax.jit(f)):
+                    np.testing.assert_allclose(run(r), top, rtol=1e-5)
+        gradient = jax.jit(jax.grad(lambda r: rl.mean(rl.squared_error, r)))(r)
+        np.testing.assert_allclose(gradient, 2 * np.sqrt(top) / 3000, rtol=1e-6)
+        # As exact as the sum where this is finite.
+        for n in (1, 3, 1000, 4096):
+            x = jnp.asarray(np.random.default_rng(n).integers(0, 99, n), float)
+            assert rl.mean(rl.squared_error, x) == jnp.sum(x**2) / n
+
+
+@pytest.mark.parametrize("bad", [-1.0, -1e-39, NAN, INF, -INF])
+@pytest.mark.parametrize("reduction", [rl.mean, rl.total])
+def test_a_wrong_weight_is_never_a_plausible_number(reduction, bad):
+    r, w = jnp.linspace(-2, 3, 5), np.ones(5, np.float32)
+    w[3] = bad
+    f = partial(reduction, rl.huber, r)
+    with pytest.raises(ValueError, match=r"weights must be (>= 0|finite), got"):
+        f(weights=w)
+    value, gradient = jax.jit(jax.value_and_grad(
+        lambda r, w: reduction(rl.huber, r, weights=w), (0, 1)
+    ))(r, w)  # fmt: skip
+    assert np.isnan(value)
+    assert np.isnan(gradient[0][3])
+    keep = np.arange(5) != 3
+    np.testing.assert_allclose(f(weights=w, where=keep), f(where=keep), rtol=1e-6)
+    if bad == -1.0:
+        f = jax.jit(lambda w: reduction(rl.huber, r, weights=w))
+        assert np.isnan(f(w.astype(int)))
+
+
+@pytest.mark.parametrize("reduction", [rl.mean, rl.total])
+def test_weights_by_differences(reduction):
+    """First and second order, in both modes."""
+    with jax.enable_x64(True):
+        r, w = jnp.linspace(-2.0, 3.0, 5), jnp.array([1.0, 0.3, 2.0, 0.7, 5.0])
+
+        def f(at):
+            return reduction(rl.log_cosh, at[0], weights=at[1])
+
+        jax.test_util.check_grads(f, (jnp.stack([r, w]),), 2, rtol=1e-6)
+
+
+def test_under_strict_settings():
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        for given in ({}, {"where": KEEP[:1]}, {"weights": WEIGHTS[:1, :1]}):
+            for axis, run in itertools.product((None, 1, (0, 2)), (lambda f: f, jax.jit)):
+                for reduction in (rl.mean, rl.total):
+                    f = partial(reduction, rl.huber, axis=axis, **given)
+                    assert np.isfinite(run(f)(P, T)).all()
+                    assert np.isfinite(run(jax.grad(lambda p, f=f: f(p, T).sum()))(P)).all()

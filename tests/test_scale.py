@@ -471,6 +471,39 @@ def test_weights(x64, name):
     np.testing.assert_allclose(f(rows, weights=dropped, where=times > 0), kept, 1e-13, 1e-14)
 
 
+@weighted
+def test_weights_of_any_size_count_by_their_ratios(name):
+    """In float32, from the smallest numbers to the largest, rows each of their own size."""
+    random = np.random.default_rng(8)
+    rows = random.normal(size=(2, 24)).astype(np.float32)
+    w = random.uniform(0.5, 2, rows.shape).astype(np.float32)
+    f = partial(WEIGHTED[name], axis=1)
+    traced = jax.jit(lambda w: f(rows, weights=w))
+    both = jax.jit(jax.value_and_grad(lambda x, w: f(x, weights=w).sum()))
+    want, (_, slope) = f(rows, weights=w), both(rows, w)
+    for size in (1e38, 1e-37, 1e-38):
+        scaled = (size * w.astype(np.float64)).astype(np.float32)
+        np.testing.assert_allclose(traced(scaled), want, rtol=2e-5)
+        np.testing.assert_allclose(f(rows, weights=scaled), want, rtol=2e-5)
+        np.testing.assert_allclose(both(rows, scaled)[1], slope, rtol=1e-3, atol=1e-4)
+    for sizes in ([1e300], [1e-300], [1e-50, 1e50]):
+        np.testing.assert_allclose(f(rows, weights=w * np.c_[sizes]), want, rtol=2e-5)
+    for wrong in (INF, NAN, -1.0, -1e-39):
+        assert np.isnan(traced(np.where(np.arange(24) == 3, np.float32(wrong), w))).all()
+        with pytest.raises(ValueError, match="weights must be"):
+            f(rows, weights=np.where(np.arange(24) == 3, np.float32(wrong), w))
+
+
+@each
+def test_under_strict_settings(name):
+    x = samples(2, seed=3).astype(np.float32)
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        ways = [{}, {"where": x < 50}, {"weights": np.ones_like(x)}]
+        for given in ways if name in WEIGHTED else ways[:2]:
+            for axis in (None, 1):
+                assert np.isfinite(ALL[name](x, axis=axis, **given)).all()
+
+
 def test_weighted_quartiles_by_hand(x64):
     # Weight 1 of 4 is one observation's: the quartiles are at weight 0.75 to 1.75, 2.25 to 3.25.
     assert iqr([1.0, 3.0, 7.0, 8.0], weights=[2.0, 2.0, 2.0, 2.0]) == pytest.approx(

@@ -72,9 +72,17 @@ def real_array(name: str, x: ArrayLike) -> Array:
     if dtype is None:
         dtype = np.asarray(x).dtype
     given = type(x).__name__ if x is None else f"dtype {dtype}"
+    if not isinstance(dtype, np.dtype) and not isinstance(x, jax.Array) and hasattr(x, "__array__"):
+        x = np.asarray(x)  # of a data frame's own type, such as Int64 of pandas
+        dtype = x.dtype
     kinds = (np.floating, np.signedinteger, np.unsignedinteger, np.bool_)
     real = any(jnp.issubdtype(dtype, kind) for kind in kinds)
     if not real or jnp.issubdtype(dtype, np.timedelta64):  # a signed integer to NumPy
+        if dtype == np.object_ and x is not None:
+            given += (
+                " (of NumPy: missing values, text or numbers of several kinds); convert it to "
+                "floats first, such as a data frame's column by .to_numpy(dtype=float)"
+            )
         raise TypeError(f"{name} must be real numbers, got {given}")
     if not isinstance(x, jax.Array) and jnp.issubdtype(dtype, np.integer):
         # An integer that JAX's own cannot hold would wrap round.
