@@ -123,7 +123,8 @@ def test_certificates_pass_what_is_right_and_notice_what_is_not(way):
     e = found.residuals
     moved = {
         "intercept": replace(found, intercept=found.intercept + unit, residuals=e - unit),
-        "slope": replace(found, 
+        "slope": replace(
+            found,
             coefficients=found.coefficients + np.array([0, unit]),
             residuals=e - unit * fit.set.X[:, 1],
         ),
@@ -292,11 +293,11 @@ def test_moves_with_hostile_data(way, change):
             continue
         a, b = back(after.found.intercept, after.found.coefficients)
         unit = 2.0**30 if change == "units of y" else 1.0
-        other = after.replace(found, 
-            intercept=a, coefficients=np.asarray(b), scale=after.found.scale / unit
+        other = replace(
+            after.found, intercept=a, coefficients=np.asarray(b), scale=after.found.scale / unit
         )
         if way is GIVEN and change != "units of y":
-            other = other._replace(scale=before.found.scale)
+            other = replace(other, scale=before.found.scale)
         if way is GIVEN and change == "y + X g":  # whose scale was made from another y
             continue
         try:
@@ -536,7 +537,7 @@ def test_mm_moves_with_turned_columns(far):
     turned = [one._replace(X=one.X @ A) for one in sets]
     for here, there in zip(fitted(cell, sets), fitted(cell, turned), strict=True):
         if not (here.flagged or there.flagged):
-            other = there.replace(found, coefficients=A @ there.found.coefficients)
+            other = replace(there.found, coefficients=A @ there.found.coefficients)
             check_same(here, other, f"seed {here.set.seed}", 1e-6)
 
 
@@ -647,7 +648,7 @@ def test_columns_in_any_units(way, dtype, unit):
     before, after = fitted(cell, [here, here._replace(X=here.X * unit)])
     assert after.found.converged
     assert after.found.unique
-    back = after.replace(found, coefficients=after.found.coefficients * unit)
+    back = replace(after.found, coefficients=after.found.coefficients * unit)
     check_same(before, back, f"unit {unit}", 1e-4 if dtype == np.float32 else 1e-7)
 
 

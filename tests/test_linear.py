@@ -309,7 +309,12 @@ def test_masks_and_weights(x64, method):
 def test_forward_mode_passes_through_a_fit(x64, method):
     X, y = sample()
     change = np.random.default_rng(1).normal(size=X.shape)
-    fit = jax.jit(lambda h: rl.fit_linear(X + h * change, y + h * change[:, 0], KINDS[method]).coefficients)
+
+    @jax.jit
+    def fit(h):
+        found = rl.fit_linear(X + h * change, y + h * change[:, 0], KINDS[method])
+        return found.coefficients
+
     _, got = jax.jvp(fit, (0.0,), (1.0,))
     np.testing.assert_allclose(got, (fit(1e-6) - fit(-1e-6)) / 2e-6, rtol=1e-6)
 

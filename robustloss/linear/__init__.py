@@ -8,7 +8,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
@@ -43,12 +42,11 @@ from robustloss.linear.irls import (
 from robustloss.losses._elementwise import (
     at_least_float32,
     positive,
-    readable,
     real_array,
     with_leaves,
 )
 from robustloss.losses.convex import huber
-from robustloss.reduce import mask, nonnegative
+from robustloss.reduce import mask, ratios
 from robustloss.views import weight
 
 __all__ = ["LinearFit", "fit_linear"]
@@ -234,7 +232,9 @@ def _m(
     """The M-estimate, from least squares unless told."""
     sample = subsample(of) if anywhere else None
     if sample is not None:
-        near = m_estimate(sample, loss, estimate_scale, least_squares(sample, clipped=True), joint=joint)
+        near = m_estimate(
+            sample, loss, estimate_scale, least_squares(sample, clipped=True), joint=joint
+        )
         return m_estimate(of, loss, estimate_scale, near.b, near.scale, joint=joint)
     start = least_squares(of, clipped=anywhere) if start is None else start
     return m_estimate(of, loss, estimate_scale, start, joint=joint)
@@ -304,14 +304,8 @@ def _result(
 
 def _shares(weights: ArrayLike, n: int, where: ArrayLike | None) -> Array:
     """Weights of which the largest is 1, since only their ratios count."""
-    given = readable(weights)
-    if given is not None and np.issubdtype(given.dtype, np.number):
-        # On the host, where the smallest and the largest weights still have all their digits.
-        given = given.astype(np.float64)
-        largest = np.max(given, initial=0.0)
-        if 0 < largest < np.inf:
-            weights = given / largest
-    w = nonnegative(weights, (n,), where)
+    w, _ = ratios(weights, (n,), where, (0,))
+    w = jnp.where(w >= 0, w, jnp.nan)
     largest = jnp.max(w, initial=0)
     return w / jnp.where(largest > 0, largest, 1)
 

@@ -35,8 +35,8 @@ def checked_loss(loss: Loss) -> None:
     for name, parameter in _parameters(loss).items():
         if name == "scale" and not takes(loss, "delta"):
             raise ValueError(
-                f"{_name(loss)} has a scale of its own, which fit_linear does not estimate: fix it, "
-                f"functools.partial({_name(loss)}, scale=...), or take a loss that has a delta"
+                f"{_name(loss)} has a scale of its own, which fit_linear does not estimate: fix "
+                f"it, functools.partial({_name(loss)}, scale=...), or take a loss that has a delta"
             )
         required = parameter.default is parameter.empty and parameter.kind in _NAMED
         if required and name not in ("delta", next(iter(_parameters(loss)))):

@@ -14,7 +14,6 @@ from jax import Array, lax
 from robustloss._order_statistics import near_median
 from robustloss.scale import _MAD
 
-
 _FAR_OUT = 300.0  # of a row of which a typical one has the length 1
 
 

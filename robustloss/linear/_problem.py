@@ -17,9 +17,9 @@ from jax import Array, lax
 from jax.scipy.linalg import cho_solve
 
 from robustloss._sums import joint_sums
+from robustloss.linear._columns import axes, factorised, largest, mean_size, middles_and_spreads
 from robustloss.losses._elementwise import frexp
 from robustloss.losses._extended import ldexp
-from robustloss.linear._columns import axes, factorised, largest, mean_size, middles_and_spreads
 
 _SAMPLE = 1024  # rows, enough to center and to scale a column by
 _BLOCK = 16384  # rows, few enough for a cache
@@ -145,7 +145,7 @@ def problem(
 
 
 def _unit(size: Array) -> Array:
-    """A power of 2 next to the size of y, and 1 where its squares are far from over- and underflow."""
+    """A power of 2 next to the size of y, or 1 where squares of y are well within range."""
     info = jnp.finfo(size.dtype)
     ordinary = (size > 2.0 ** (info.minexp // 3)) & (size < 2.0 ** (info.maxexp // 3))
     _, exponent = frexp(lax.stop_gradient(size))
@@ -203,9 +203,7 @@ def part(of: Problem, which: slice | Array) -> Problem:
     if not isinstance(which, slice):
         inside = which < len(of.y)
         keep = inside if keep is None else keep & inside
-    return of._replace(
-        X=of.X[which], y=of.y[which], w=these(of.w), keep=keep, q=these(of.q)
-    )
+    return of._replace(X=of.X[which], y=of.y[which], w=these(of.w), keep=keep, q=these(of.q))
 
 
 def predictions(of: Problem, b: Array) -> Array:

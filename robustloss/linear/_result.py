@@ -61,7 +61,8 @@ class LinearFit:
     @property
     def prediction_errors(self) -> Array:
         """`predict(X) - y`, the residual that a loss takes: `rl.influence(loss, prediction_errors)`
-        is the pull of each row."""
+        is the pull of each row.
+        """
         return -self.residuals
 
     def predict(self, X: ArrayLike) -> Array:

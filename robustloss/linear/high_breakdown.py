@@ -39,13 +39,14 @@ _CAREFUL = 1024
 def s_estimate(of: Problem, loss: Loss, share: Array, floor: Array, key: Array) -> Estimate:
     """The S-estimate whose scale s solves `mean(loss(r / s)) = share loss(inf)`.
 
-    The scale is at least `floor`, which is what rounding makes of 0.
+    The scale is at least `floor`, which is what rounding makes of 0. It counts as found only where
+    the equation tells it: where as many rows as the breakdown point allows are infinitely far, any
+    scale solves the equation to rounding.
     """
-    n, k = len(of.y), len(of.constants)
     target = share * loss(jnp.full((), jnp.inf, of.y.dtype))
 
-    def closer(of: Problem, r: Array, s: Array, _: Array) -> Array:
-        """Newton's step towards the M-scale, in its logarithm."""
+    def equation(of: Problem, r: Array, s: Array) -> tuple[Array, Array, Array]:
+        """What the mean loss is above its target, its slope in -log s, and whether s is 0."""
 
         def of_rows(_: Array, w: Array, r: Array) -> Array:
             rho, slope = jax.jvp(loss, (r / s,), (r / s,))
@@ -53,11 +54,14 @@ def s_estimate(of: Problem, loss: Loss, share: Array, floor: Array, key: Array) 
             return jnp.stack([jnp.sum(jnp.where(w > 0, w * term, 0)) for term in terms])
 
         total = jnp.sum(of.each())
-        rho, slope, inexact = sums(of, of_rows, r)
-        above = rho - target * total
+        rho, slope, inexact = sums(of, of_rows, r) / total
+        return rho - target, slope, inexact <= share
+
+    def closer(of: Problem, r: Array, s: Array, _: Array) -> Array:
+        """Newton's step towards the M-scale, in its logarithm."""
+        above, slope, exact = equation(of, r, s)
         slope = jnp.maximum(slope, jnp.finfo(r.dtype).tiny)
         nearer = s * jnp.exp(jnp.clip(above / slope, -1, 1))
-        exact = inexact <= share * total
         return jnp.where(exact, floor, jnp.maximum(nearer, floor))
 
     def at_scale(s: Array) -> Loss:
@@ -66,18 +70,41 @@ def s_estimate(of: Problem, loss: Loss, share: Array, floor: Array, key: Array) 
     def minimum(of: Problem, steps: int, at: Starts) -> Estimate:
         return m_estimate(of, at_scale, closer, *at, steps)
 
-    def with_own_scale(at: Estimate) -> Estimate:
+    def with_own_scale(of: Problem, at: Estimate) -> Estimate:
         def step(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             s, _, i = state
-            return closer(sample, at.residuals, s, s), s, i + 1
+            return closer(of, at.residuals, s, s), s, i + 1
 
         def goes_on(state: tuple[Array, Array, Array]) -> Array:
             s, last, i = state
             return (jnp.abs(s - last) > 1e-6 * s) & (i < 50)
 
-        begin = closer(sample, at.residuals, at.scale, at.scale), at.scale, jnp.int32(0)
+        begin = closer(of, at.residuals, at.scale, at.scale), at.scale, jnp.int32(0)
         return at._replace(scale=lax.while_loop(goes_on, step, begin)[0])
 
+    sample, groups, starts = _starts(of, loss, share, floor, key)
+    ends = jax.vmap(partial(minimum, sample, 100 if groups == 1 else 8))(starts)
+    if groups > 1:
+        ends = lax.map(partial(minimum, of, 100), _distinct(ends.b, ends.scale))
+        # One that is not there yet may have a scale that is too low.
+        there = ends.converged | ~jnp.any(ends.converged)
+    else:
+        # Few rows: also where the steps did not suffice, the scale is made that of the residuals.
+        ends = jax.vmap(partial(with_own_scale, sample))(ends)
+        there = jnp.isfinite(ends.scale)
+    lowest = jnp.argmin(jnp.where(there & ~jnp.isnan(ends.scale), ends.scale, jnp.inf))
+    found = jax.tree.map(lambda x: x[lowest], ends)
+    r = predictions(of, found.b) - of.y  # of all rows, and not of a sample
+    _, slope, exact = equation(of, r, found.scale)
+    told = exact | (slope > jnp.finfo(r.dtype).eps ** 0.5 * target)
+    return found._replace(residuals=r, converged=found.converged & told)
+
+
+def _starts(
+    of: Problem, loss: Loss, share: Array, floor: Array, key: Array
+) -> tuple[Problem, int, Starts]:
+    """A sample of the rows, the number of groups it was dealt to, and the best fits of subsets."""
+    n, k = len(of.y), len(of.constants)
     draw, order = jax.random.split(key)
     size = max(_ROWS, 20 * k)
     groups = _GROUPS if n > _GROUPS * size else 1
@@ -96,7 +123,7 @@ def s_estimate(of: Problem, loss: Loss, share: Array, floor: Array, key: Array) 
         subsets = uniform.reshape(groups, _SUBSETS // groups, k)
     # Of many rows float32 is enough to see which subsets are best: with y in units of its own.
     unit = jnp.where(of.size > 0, of.size, 1)
-    dtype = of.y.dtype if taken * k <= _CAREFUL else jnp.float32
+    dtype = of.y.dtype if taken * k <= _CAREFUL else jnp.dtype(jnp.float32)
     far = float(jnp.finfo(dtype).max) ** 0.4  # has finite squares, and more makes no difference
     q, y, w, short = jax.tree.map(
         lambda x: x.astype(dtype),
@@ -106,19 +133,8 @@ def s_estimate(of: Problem, loss: Loss, share: Array, floor: Array, key: Array) 
     count = _FINALISTS if groups == 1 else 5
     best = jax.vmap(lambda *group: _screened(short, share, count, *group))
     b, s = jax.tree.map(jnp.concatenate, best(*dealt, subsets))
-    starts = (b.astype(of.y.dtype) * unit, jnp.maximum(s.astype(of.y.dtype) * unit, floor))
-    ends = jax.vmap(partial(minimum, sample, 100 if groups == 1 else 8))(starts)
-    if groups > 1:
-        ends = lax.map(partial(minimum, of, 100), _distinct(ends.b, ends.scale))
-        # One that is not there yet may have a scale that is too low.
-        there = ends.converged | ~jnp.any(ends.converged)
-    else:
-        # Few rows: also where the steps did not suffice, the scale is made that of the residuals.
-        ends = jax.vmap(with_own_scale)(ends)
-        there = jnp.isfinite(ends.scale)
-    lowest = jnp.argmin(jnp.where(there & ~jnp.isnan(ends.scale), ends.scale, jnp.inf))
-    found = jax.tree.map(lambda x: x[lowest], ends)
-    return found._replace(residuals=predictions(of, found.b) - of.y)  # those of a sample until now
+    starts = b.astype(of.y.dtype) * unit, jnp.maximum(s.astype(of.y.dtype) * unit, floor)
+    return sample, groups, starts
 
 
 def _screened(

@@ -174,7 +174,8 @@ def _objective_change(
         size = jnp.where(
             near, jnp.abs(moved) * jnp.max(jnp.abs(pulls), axis=0), losses[0] + losses[1]
         )
-        return tuple(jnp.sum(jnp.where(each > 0, each * x, 0)) for x in (change, size))
+        change, size = (jnp.sum(jnp.where(each > 0, each * x, 0)) for x in (change, size))
+        return change, size
 
     change, size = sums(of, terms, r, new, moved)
     return change, 16 * eps * size
@@ -262,8 +263,8 @@ def m_estimate(
         move, t = moves[:, 0], jnp.zeros_like(at.s)
         size = jnp.max(jnp.abs(move))
         if not joint:
-            new, change = both_predictions(of, at.b - move, move)
-            r, change = new - of.y, -change
+            r, change = both_predictions(of, at.b - move, move)
+            r, change = r - of.y, -change
             s = estimate_scale(of, r, at.s, size)
         else:
             by_scale = moves[:, 1]

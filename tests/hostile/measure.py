@@ -259,6 +259,12 @@ def _of_s(fit: Fit, of: certify.Problem, at: certify.Evidence, scale: float) -> 
     count = float(np.sum(of.w) ** 2 / np.sum(of.w**2))
     share = max(0.5 * (1 - k / count), 0.5 / count)
     slack = 1e-3
+    if scale == 0:
+        # 0 where no more rows than the breakdown point allows are off the fit.
+        off = np.sum(of.w[np.abs(at.e) > at.noise]) / np.sum(of.w)
+        if off > share * (1 + 1e-9):
+            yield Broken("S-scale 0 with too few rows on the fit", off)
+        return
     here = certify.m_scale(np.abs(at.e) + at.noise, of.w, loss, share)
     if scale > here * (1 + slack):
         yield Broken("S-scale is at most the M-scale of the fit", scale / here - 1)
