@@ -341,7 +341,10 @@ def files(config: Config, result: Result) -> dict[str, bytes]:
         },
         mm=None
         if result.mm is None
-        else {**result.mm._asdict(), "standard_errors": result.mm.standard_errors()},
+        else {
+            **{name: value for name, value in vars(result.mm).items() if name[0] != "_"},
+            "standard_errors": result.mm.standard_errors(),
+        },
         findings=findings(result),
     )
     if config.plots:

@@ -325,6 +325,16 @@ def _check_table(table: np.ndarray, target: str, features: tuple[str, ...], drop
             f"Column {_show(features[column - 1])} is constant ({table[0, column]:g} in all {n} "
             f"rows), so it cannot be told from the intercept; leave it out of the features."
         )
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        spread = table.std(axis=0, ddof=1)
+        extreme = ~(np.isfinite(spread) & (spread > 0) & np.isfinite(1 / spread))
+    if extreme.any():
+        column = int(np.argmax(extreme))
+        largest = np.max(np.abs(table[:, column]))
+        raise DataError(
+            f"Column {_show((target, *features)[column])} holds numbers up to {largest:.0e}, whose "
+            f"squares leave the range of float64; give it in other units."
+        )
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
