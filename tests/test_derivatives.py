@@ -192,7 +192,9 @@ def test_first_and_second_derivatives_in_ulps(name, dtype):
 def test_first_and_second_derivatives_in_ulps_at_many_points(name, dtype):
     """And in either order of two arguments."""
     off = _derivatives.errors(name, dtype, 800, seed=1, every_order=True)
-    limit = 25 if name == "general" else 10
+    # Two pass through 0 so slowly that both |F| and |r dF/dr| are far below the terms of F: by
+    # alpha and delta next to alpha = 1, and by df where that is below 0.1.
+    limit = {"general": 25, "student_t_nll": 15}.get(name, 10)
     assert [x for x in off if x.ulp > limit] == []
 
 

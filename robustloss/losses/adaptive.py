@@ -20,6 +20,7 @@ from robustloss.losses._elementwise import (
     frexp,
     partials_of,
     positive,
+    quotient,
     with_partials,
 )
 from robustloss.losses._extended import (
@@ -345,6 +346,7 @@ def _by_delta(r: Array, alpha: Array, delta: Array) -> Array:
         ),
         exponent,
     )
+    near = jnp.where(x.h > 1e4, sign_infinity(x.beta), near)  # where exp(h) is out of every range
     ended, a = x.h < _ENDED, jnp.where(x.h < _ENDED, x.a, -1)
     far = multiply(delta, x.beta / -a, _whole(x))
     limit = jnp.where(alpha < 0, 2 * delta * (1 - 2 / negative(alpha)), sign_infinity(2 - alpha))
@@ -786,7 +788,8 @@ def _student_t_by_df(r: Array, df: Array, scale: Array) -> Array:
     nu = clamped(df, HUGE)
     w = one_plus_square(tame(r), nu, jnp.zeros_like(nu), scale)
     rest = tail(w.log + w.lost) + flat(r)
-    by_df = 0.5 * (rest - w.t / nu) + _student_t_excess_slope(nu)
+    share, lost = quotient(w.t, nu)
+    by_df = 0.5 * ((rest - share) - lost) + _student_t_excess_slope(nu)
     return jnp.where(jnp.isinf(df), flat(r), at_infinity(r, jnp.inf, by_df))
 
 
