@@ -261,10 +261,11 @@ def _lost(given: np.ndarray, dtype: Any) -> np.ndarray:
 def _quotient(x: Array, divisor: Array, axes: tuple[int, ...]) -> Array:
     """`sum(x) / divisor`, finite where this is, for a sum of n numbers that may not be.
 
-    Each x is divided by a power of 2 that is no less than n, which is exact and, in one pass
-    with whatever made x, costs no time.
+    Each x is divided by a power of 2 above n, which is exact and, in one pass with whatever made
+    x, costs no time. Not by n itself: XLA would find that number in the gradient too, and write
+    an array of nothing else for both.
     """
-    share = 1 / _next_power_of_2(_length(x, axes))
+    share = 1 / float(1 << _length(x, axes).bit_length())
     return jnp.sum(x * share, axes) / (divisor * share)
 
 
@@ -332,10 +333,6 @@ def relative(w: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
 def _relative_jvp(axes: tuple[int, ...], primals: Any, tangents: Any) -> Any:
     near, unit = relative(*primals, axes)
     return (near, unit), (tangents[0] * unit, jnp.zeros_like(unit))
-
-
-def _next_power_of_2(n: int) -> float:
-    return float(1 << max(n - 1, 0).bit_length())
 
 
 def axes_of(axis: Axis, ndim: int) -> tuple[int, ...]:
