@@ -27,6 +27,7 @@ from hostile.measure import (
     cells,
     describe,
     fitted,
+    forget,
 )
 from hostile.sets import KINDS, SOUND, Set, made
 
@@ -188,6 +189,7 @@ def test_ten_thousand_hostile_sets(way):
     Sound: kinds that have one answer, with more than twice as many rows as coefficients, in
     float64. At most 1 % of them may be flagged.
     """
+    forget()
     every = [fit for batch in batches(-(-10_000 // len(WAYS)), 0, cells([way])) for fit in batch]
     check_laws(every)
     sound = [

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 
-from .measure import WAYS, batches, cells, describe, measure, table
+from .measure import WAYS, added, batches, cells, describe, forget, measure, table
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--sets", type=int, default=10_000)
@@ -16,7 +17,13 @@ options = parser.parse_args()
 
 begin = time.time()
 ways = [way for way in WAYS if options.way in way.name]
-count = measure(batches(options.sets, options.seed, cells(ways)))
+each = -(-options.sets // len(ways))
+count = None
+for way in ways:
+    found = measure(batches(each, options.seed, cells([way])))
+    count = found if count is None else added(count, found)
+    forget()  # a program of each way is memory that no other needs
+    print(f"{time.time() - begin:.0f} s: {way.name}", file=sys.stderr, flush=True)
 print(table(count))
 for law, fits in count.worst.items():
     for by, fit in sorted(fits, key=lambda one: -abs(one[0]))[: options.show]:

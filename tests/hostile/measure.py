@@ -336,6 +336,20 @@ def measure(fits: Iterable[list[Fit]], report=None) -> Count:
     return count
 
 
+def added(one: Count, other: Count) -> Count:
+    """Counts of both."""
+    worst = {law: list(fits) for law, fits in one.worst.items()}
+    for law, fits in other.worst.items():
+        worst.setdefault(law, []).extend(fits)
+    return Count(*(a + b for a, b in zip(one[:5], other[:5], strict=True)), worst)
+
+
+def forget() -> None:
+    """All compiled programs."""
+    _PROGRAMS.clear()
+    jax.clear_caches()
+
+
 def table(count: Count) -> str:
     """Sets, converged, flagged and violations for each kind, then for each way."""
     lines = [f"{'':34}{'sets':>8}{'converged':>11}{'flagged':>9}{'violations':>12}{'warned':>8}"]
@@ -369,5 +383,6 @@ def describe(fit: Fit, law: str, by: float) -> str:
 
 __all__ = [
     "LEVELS", "SOUND", "WAYS", "Broken", "Cell", "Count", "Fit", "Way",
-    "alone", "batches", "broken", "cells", "describe", "fitted", "measure", "table",
+    "added", "alone", "batches", "broken", "cells", "describe", "fitted", "forget",
+    "measure", "table",
 ]  # fmt: skip
