@@ -215,7 +215,9 @@ def _fit_linear(
         scaled = free or method == "mm"
         return _result(of, loss_at_scale, found, exact, floor, covariance, unique, scaled)
 
-    with jax.default_matmul_precision("highest"):
+    # The settings by which users find slips in their own code are not for what is meant here.
+    allowed = jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard")
+    with jax.default_matmul_precision("highest"), allowed[0], allowed[1]:
         if y.ndim == 1:
             return one(y)
         return replace(jax.vmap(one, 1, -1)(y), several=True)
