@@ -100,6 +100,11 @@ BAD_FILES: dict[str, tuple[str | bytes, tuple[str, ...] | None, tuple[str, ...]]
         ("2 rows", "2 features and an intercept", "at least 3"),
     ),
     "constant column": ("x,z,y\n1,5,3\n2,5,1\n4,5,2\n", None, ("'z'", "constant", "5 in all 3")),
+    "squares that overflow": (
+        "x,y\n1e154,5\n3e154,6\n4e154,5\n",
+        None,
+        ("Column 'x'", "4e+154", "squares leave the range", "other units"),
+    ),
     "constant target": ("x,y\n1,5\n2,5\n4,5\n", None, ("target 'y'", "constant", "5 in all 3")),
     "semicolons": ("x;y\n1,5;2\n2,5;3\n", None, ("semicolons", "commas")),
     "tabs": ("x\ty\n1\t2\n2\t3\n", None, ("tabs", "commas")),

@@ -664,6 +664,164 @@ def test_several_targets_and_no_intercept(x64):
         np.testing.assert_allclose(found.flagged()[:, i], one.flagged())
 
 
+def test_the_equations_of_small_integer_data_hold(x64):
+    """Sets of five rows whose matrix of curvatures is nearly singular: one used to end at 2.04."""
+    X = np.array([[-6, 0], [-7, 2], [-1, 3], [7, 4], [-8, -6]], float)
+    found = rl.fit_linear(X, np.array([0, -7, 8, 5, -5.0]))
+    assert found.converged
+    random = np.random.default_rng(0)
+    X = np.concatenate([X[None], random.integers(-9, 10, (999, 5, 2))])
+    y = np.concatenate([[[0, -7, 8, 5, -5.0]], random.integers(-9, 10, (999, 5))])
+    found = jax.tree.map(np.asarray, jax.vmap(rl.fit_linear)(X, y))
+    assert np.mean(found.converged) > 0.99
+    at = found.converged & found.unique & (found.scale > 1e-9)
+    A = np.concatenate([np.ones((1000, 5, 1)), X - X.mean(1, keepdims=True)], 2)[at]
+    e, scale = found.residuals[at], found.scale[at]
+    psi = np.clip(e, *(1.344997508 * np.stack([-scale, scale])[..., None]))
+    total = np.abs(np.einsum("fr,frc->fc", psi, A))
+    size = np.einsum("fr,frc->fc", np.abs(psi), np.abs(A))
+    rounding = 1e-14 * np.abs(A).max(1) * (np.abs(y[at]).max(1) + 1)[:, None]
+    assert np.all(total <= 1e-8 * size + 5 * rounding)
+    mad = np.median(np.abs(e), axis=1) / stats.norm.ppf(0.75)
+    np.testing.assert_allclose(scale, mad, rtol=1e-9, atol=1e-13)
+
+
+def test_what_cannot_be_fitted_is_nan(x64):
+    """No rows, no weights, a NaN where the weight is 0, a traced negative weight."""
+    X, y = sample()
+    weightless = np.where(np.arange(60) == 3, 0.0, 1.0)
+    bad = np.where(np.arange(60) == 3, NAN, y)
+    fit = jax.jit(lambda w, loss: rl.fit_linear(X, y, loss, weights=w), static_argnums=1)
+    for loss in KINDS.values():
+        for found in (
+            rl.fit_linear(X, y, loss, where=np.zeros(60, bool)),
+            rl.fit_linear(X, y, loss, weights=np.zeros(60)),
+            rl.fit_linear(X, bad, loss, weights=weightless),
+            fit(-weightless, loss),
+        ):
+            assert not found.converged
+            for number in (found.coefficients, found.intercept, found.scale):
+                assert np.all(np.isnan(number))
+
+
+def test_summary_says_what_happened(x64):
+    X, y = sample()
+    nothing = rl.fit_linear(X, y, where=np.zeros(60, bool)).summary()
+    assert "nothing to fit: every row is dropped or has the weight 0" in nothing
+    broken = rl.fit_linear(X, np.where(np.arange(60) == 3, NAN, y)).summary()
+    assert "60 rows" in broken
+    assert "the data hold a NaN or an infinity" in broken
+    siegel = load("siegel")
+    for loss in (rl.huber, rl.tukey):
+        found = rl.fit_linear(siegel.X, siegel.y, loss)
+        assert "6 of 9 rows are fitted exactly, so the scale is 0" in found.summary()
+        assert "no standard errors" in found.summary()
+        assert np.all(np.isnan(found.standard_errors()))
+
+
+def test_a_loss_is_judged_relative_to_its_delta(x64):
+    """The default method is that of the loss, whatever the units of y."""
+    stars = load("starsCYG")
+    for unit in (1.0, 1e7, 1e-7):
+        found = rl.fit_linear(stars.X, unit * stars.y, partial(rl.tukey, delta=2.0 * unit))
+        assert found.converged
+        np.testing.assert_allclose(found.coefficients[0] / unit, 2.33, atol=0.005)
+    far = rl.fit_linear(stars.X, stars.y, partial(rl.cauchy, delta=1e3))
+    mm = rl.fit_linear(stars.X, stars.y, partial(rl.cauchy, delta=1e3), method="mm")
+    np.testing.assert_array_equal(far.coefficients, mm.coefficients)
+
+
+def test_a_scale_below_rounding_is_not_verified(x64):
+    X, y = sample()
+    for settings in ({"tuning": 1e-30}, {"scale": 1e-100}):
+        assert not rl.fit_linear(X, y, **settings).converged
+    found = rl.fit_linear(X, y, scale=1e-15)
+    np.testing.assert_allclose(found.scale, 1e-15, rtol=1e-12)
+    for nonsense in (-1.0, NAN):
+        assert not rl.fit_linear(X, y, scale=lambda r, s=nonsense: jnp.float64(s)).converged
+
+
+def test_columns_and_targets_in_any_units():
+    """Squares of 1e18 leave float32, those of 1e154 float64: coefficients and errors do not."""
+    X, y = sample()
+    for loss in KINDS.values():
+        found = rl.fit_linear(X.astype("f4"), y.astype("f4"), loss)
+        for unit in (1e18, 1e-18):
+            other = rl.fit_linear((unit * X).astype("f4"), y.astype("f4"), loss)
+            assert other.converged
+            np.testing.assert_allclose(other.coefficients * unit, found.coefficients, rtol=1e-3)
+            errors = np.asarray(other.standard_errors(), float)[1:] * unit
+            np.testing.assert_allclose(errors, found.standard_errors()[1:], rtol=1e-2)
+    with jax.enable_x64(True):
+        found, other = rl.fit_linear(X, y), rl.fit_linear(1e154 * X, y)
+        np.testing.assert_allclose(other.coefficients * 1e154, found.coefficients, rtol=1e-9)
+        errors = other.standard_errors()[1:] * 1e154
+        np.testing.assert_allclose(errors, found.standard_errors()[1:], rtol=1e-9)
+        far = rl.fit_linear(X, 1e200 * y)
+        assert far.converged
+        np.testing.assert_allclose(far.coefficients / 1e200, found.coefficients, rtol=1e-9)
+        np.testing.assert_allclose(far.scale / 1e200, found.scale, rtol=1e-9)
+
+
+def test_predictions_have_the_shape_of_y(x64):
+    """Rows first, targets second; one row; a batch of fits."""
+    X, y = sample()
+    Y = np.stack([y, -y, 2 * y, 3 * y], 1)
+    found = rl.fit_linear(X, Y)
+    np.testing.assert_allclose(Y - found.predict(X), found.residuals, atol=1e-12)
+    np.testing.assert_allclose(found.predict(X[:1]), (Y - found.residuals)[:1], atol=1e-12)
+    np.testing.assert_allclose(found.predict(X[0]), (Y - found.residuals)[0], atol=1e-12)
+    np.testing.assert_array_equal(found.prediction_errors, -found.residuals)
+    assert found.flagged().shape == found.weights.shape == Y.shape
+    batch = jax.vmap(rl.fit_linear)(np.stack([X, 2 * X]), np.stack([y, y]))
+    assert batch.predict(X).shape == (2, 60)
+    with pytest.raises(ValueError, match=r"X must have 3 columns.*got the shape \(2, 60, 3\)"):
+        found.predict(np.stack([X, X]))
+
+
+def test_an_intercept_alone_is_a_location(x64):
+    _, y = sample()
+    X = np.zeros((60, 0))
+    np.testing.assert_allclose(
+        rl.fit_linear(X, y, rl.squared_error).intercept, np.mean(y), rtol=1e-12
+    )
+    assert rl.fit_linear(X, y).converged
+    median = rl.fit_linear(X[:59], y[:59], rl.absolute_error)
+    np.testing.assert_allclose(median.intercept, np.median(y[:59]), rtol=1e-12)
+    assert rl.fit_linear(X, y, rl.tukey).converged
+
+
+def test_a_loss_of_ones_own_with_a_required_delta(x64):
+    def own(r, delta):
+        return jnp.where(jnp.abs(r) <= delta, r * r / 2, delta * (jnp.abs(r) - delta / 2))
+
+    X, y = sample()
+    found, want = rl.fit_linear(X, y, own), rl.fit_linear(X, y)
+    assert found.converged
+    np.testing.assert_allclose(found.coefficients, want.coefficients, rtol=1e-9)
+    assert "x0" not in want.summary(range(3))
+    assert "\n2 " in want.summary(range(3))
+
+
+@pytest.mark.parametrize("method", KINDS)
+def test_settings_that_forbid_promotion(method):
+    X, y = (a.astype("f4") for a in sample())
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        found = rl.fit_linear(X, y, KINDS[method], weights=np.ones(60, "f4"))
+        assert found.converged
+        assert found.predict(X).shape == found.flagged().shape == (60,)
+
+
+def test_variances_of_an_mm_estimate_are_positive(x64):
+    """Of few rows, the corrections for the scale can outweigh the rest of the sandwich."""
+    random = np.random.default_rng(1)
+    X = random.normal(size=(200, 8, 2))
+    y = random.standard_t(1.5, (200, 8))
+    found = jax.vmap(partial(rl.fit_linear, loss=rl.tukey))(X, y)
+    errors = np.asarray(found.standard_errors())[np.asarray(found.converged & (found.scale > 0))]
+    assert np.all(errors > 0)
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("scale", ["iqr", "qn", rl.tau, partial(rl.m_scale, breakdown=0.3)])
 def test_any_scale(x64, scale):
@@ -743,6 +901,22 @@ def test_the_same_key_gives_the_same_fit_and_no_other_compiles_again(x64):
         (TypeError, "where must be boolean", {"where": np.ones(60)}),
         (ValueError, r"start is for .*\(4,\).*shape \(3,\)", {"start": np.ones(3)}),
         (ValueError, "start is for", {"loss": rl.tukey, "start": np.ones(4)}),
+        (
+            ValueError,
+            "estimates its own scale, got scale='mad'",
+            {"loss": rl.tukey, "scale": "mad"},
+        ),
+        (ValueError, "a scale of its own", {"loss": rl.gaussian_nll}),
+        (ValueError, "needs its df", {"loss": partial(rl.student_t_nll, scale=1.0)}),
+        (ValueError, "influence is 0 around 0", {"loss": rl.epsilon_insensitive}),
+        (ValueError, r"tuning must be one number, got shape \(2,\)", {"tuning": np.ones(2)}),
+        (ValueError, r"scale must be one number, got shape \(60,\)", {"scale": np.ones(60)}),
+        (ValueError, r"q must be .*\(0, 1\)", {"loss": partial(rl.quantile, q=0.0)}),
+        (ValueError, r"q must be .*\(0, 1\)", {"loss": partial(rl.quantile, q=1)}),
+        (ValueError, "q must be one number", {"loss": partial(rl.quantile, q=np.full(2, 0.5))}),
+        (ValueError, "must keep the residual's shape", {"loss": lambda r: jnp.sum(r * r)}),
+        (ValueError, r"scale <lambda> must give one number.*\(60,\)", {"scale": lambda r: r}),
+        (TypeError, "key must be a jax.random.key, got 3", {"loss": rl.tukey, "key": 3}),
     ],
 )
 def test_bad_input_is_named(error, message, settings):
