@@ -551,7 +551,7 @@ def test_mm_moves_with_turned_columns(far):
         {"scale": 1e-100, "loss": rl.log_cosh},
         {"scale": 1e-15},
     ],
-    ids=lambda x: ", ".join(f'{k}' for k in x),
+    ids=lambda x: ", ".join(f"{k}" for k in x),
 )
 def test_what_no_digit_can_resolve_is_not_converged(x64, settings):
     """A width far below what rounding leaves of residuals: an error, or not converged.

@@ -704,6 +704,15 @@ def test_what_cannot_be_fitted_is_nan(x64):
                 assert np.all(np.isnan(number))
 
 
+def test_a_level_minimum_is_not_unique(x64):
+    """Two groups far apart: any middle between them is as good at this scale."""
+    y = np.array([0.0, 0.0, 0.0, 10.0, 10.0, 10.0])
+    level, told = (rl.fit_linear(np.zeros((6, 0)), y, scale=scale) for scale in (1.0, 10.0))
+    assert not level.unique
+    assert told.unique
+    np.testing.assert_allclose(told.intercept, 5)
+
+
 def test_summary_says_what_happened(x64):
     X, y = sample()
     nothing = rl.fit_linear(X, y, where=np.zeros(60, bool)).summary()

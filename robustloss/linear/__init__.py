@@ -201,13 +201,13 @@ def _fit_linear(
             covariance, unique = inference.powell(of, level, vertex.residuals), vertex.unique
         elif chi is not None:
             found, covariance = _mm(of, loss_at_scale, chi, floor, key)
-            unique = jnp.asarray(True)
+            unique = jnp.asarray(covariance.definite)
         else:
             b = None if start is None else from_coefficients(of, start)
             joint = free and scale_function is not None
             found = _m(of, loss_at_scale, estimate_scale, b, anywhere, joint)
             covariance = inference.huber_h1(of, loss_at_scale, found)
-            unique = jnp.asarray(True)
+            unique = jnp.asarray(covariance.definite)
         # Where the scale is given, none was found to be 0.
         exact = (found.scale <= floor) & (chi is not None or scale_function is not None)
         if method != "interior_point" and free:
@@ -286,7 +286,10 @@ def _result(
     # A scale of 0 is no measure of the errors, unless there are none.
     perfect = jnp.all(met | ~kept)
     lost = jnp.where(exact & scaled & ~perfect, jnp.nan, 0)
-    matrix, errors = (jnp.where(exact & perfect, 0 * x, x) + nan + lost for x in covariance)
+    matrix, errors = (
+        jnp.where(exact & perfect, 0 * x, x) + nan + lost
+        for x in (covariance.matrix, covariance.standard_errors)
+    )
     told = of.told
     matrix = jnp.where(told[:, None] & told, matrix, jnp.nan)
     raw = coefficients(of, found.b) + nan

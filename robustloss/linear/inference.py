@@ -18,9 +18,11 @@ from jax.typing import ArrayLike
 
 from robustloss._sums import joint_sums
 from robustloss.linear._problem import Problem, gram, raw_basis, sums
-from robustloss.linear.irls import Estimate, LossAtScale
+from robustloss.linear.irls import Estimate, LossAtScale, dependent_columns
 from robustloss.scale import iqr
 from robustloss.views import curvature, influence
+
+_DEFINITE = 64  # units of rounding for each column, below which a curvature counts as 0
 
 
 class Covariance(NamedTuple):
@@ -32,6 +34,8 @@ class Covariance(NamedTuple):
 
     matrix: Array
     standard_errors: Array
+    definite: Array | bool = True
+    """Whether the objective curves upwards in all directions, so that no other b is as good."""
 
 
 def huber_h1(of: Problem, loss: LossAtScale, found: Estimate) -> Covariance:
@@ -51,16 +55,21 @@ def huber_h1(of: Problem, loss: LossAtScale, found: Estimate) -> Covariance:
     def moments(q: Array, each: Array, r: Array) -> tuple[Array, ...]:
         psi, bend = (jnp.where(each > 0, f(here, r), 0) for f in (influence, curvature))
         psi = psi / largest
-        # The same gram as in least squares, where XLA sees both at once.
-        return gram(q, each), *joint_sums(*(each * x for x in (psi * psi, bend, bend * bend)))
+        # Only few rows can leave the fit undetermined; many are spared the second gram.
+        curvatures = jnp.eye(q.shape[1], dtype=q.dtype) if of.q is None else gram(q, each * bend)
+        # The first is the same gram as in least squares, where XLA sees both at once.
+        of_rows = joint_sums(*(each * x for x in (psi * psi, bend, bend * bend)))
+        return gram(q, each), curvatures, *of_rows
 
-    normal, square, bend, bend2 = (unit * x for x in sums(of, moments, found.residuals))
+    normal, curvatures, square, bend, bend2 = (unit * x for x in sums(of, moments, found.residuals))
     mean = bend / n
     variance = (bend2 - n * mean**2) / (n - 1)
     kappa = 1 + of.rank * variance / (n * mean**2)
     left = n - of.rank
     square = square / jnp.where(left > 0, left, jnp.nan)
-    return _in_units(of, square * _inverse(normal, definite=True), largest * jnp.abs(kappa / mean))
+    covariance = square * _inverse(normal, definite=True)
+    covariance = _in_units(of, covariance, largest * jnp.abs(kappa / mean))
+    return covariance._replace(definite=_definite(of, curvatures))
 
 
 def after_s(
@@ -119,7 +128,8 @@ def after_s(
     kept = jnp.diagonal(covariance) != 0
     factor = lax.linalg.cholesky(covariance + jnp.diag(jnp.where(kept, 0, 1).astype(s.dtype)))
     positive = jnp.all(jnp.isfinite(factor))
-    return _in_units(of, jnp.where(positive, covariance, known_scale), s)
+    covariance = _in_units(of, jnp.where(positive, covariance, known_scale), s)
+    return covariance._replace(definite=_definite(of, bends))
 
 
 def powell(of: Problem, level: Array, residuals: Array) -> Covariance:
@@ -166,6 +176,17 @@ def counts(of: Problem) -> tuple[Array, Array]:
     total = jnp.sum(each)
     n = total**2 / jnp.sum(each * each)
     return n / total, n
+
+
+def _definite(of: Problem, curvatures: Array) -> Array:
+    """Whether a sum of psi' q q' is positive definite beyond rounding, but for columns of 0."""
+    diagonal = jnp.diagonal(curvatures)
+    empty = dependent_columns(of)
+    unit = jnp.where(diagonal > 0, lax.rsqrt(jnp.where(diagonal > 0, diagonal, 1)), 1)
+    scaled = unit[:, None] * curvatures * unit
+    rounding = _DEFINITE * len(scaled) * jnp.finfo(scaled.dtype).eps
+    factor = lax.linalg.cholesky(scaled + jnp.diag(jnp.where(empty, 1, -rounding)))
+    return jnp.all(jnp.isfinite(factor))
 
 
 def _inverse(a: Array, *, definite: bool = False) -> Array:

@@ -106,7 +106,7 @@ def _equations(
     return found[:, :k], found[:, k:]
 
 
-def _dependent(of: Problem) -> Array:
+def dependent_columns(of: Problem) -> Array:
     """Which columns of q are 0, since they depend on the others."""
     return jnp.sum(jnp.abs(of.slopes), axis=0) + jnp.abs(of.constants) == 0
 
@@ -147,7 +147,7 @@ def balanced(
 
     total, sizes, near, counts = sums(of, terms, r, of.y, moved)
     met, missed, moves = counts
-    dependent = _dependent(of)
+    dependent = dependent_columns(of)
     clear = jnp.all((sizes[:, 0] > 0) & (sizes[:, 1] <= _BLUR * sizes[:, 0]) | dependent)
     clear |= (missed == 0) & (met >= of.rank)
     holds, strictly = (
@@ -243,7 +243,7 @@ def m_estimate(
     """
     each = of.each()
     tolerance = jnp.finfo(of.y.dtype).eps ** 0.75
-    dependent = _dependent(of)
+    dependent = dependent_columns(of)
 
     class State(NamedTuple):
         b: Array
