@@ -56,6 +56,7 @@ LIMITS = {  # what this library promises, in ulp of float32
     "quantile_huber": (1.8, 0.51, 0.5),
     "general": (5.0, 5.0, 8.0),
 }
+DERIVED = tuple(rl.LOSSES)  # whose first and second derivatives are measured, in all parameters
 HALF_LIMIT = 0.51
 DERIVATIVES_LIMIT = 10
 OTHERS = {
@@ -142,7 +143,7 @@ def run(
             for dtype in (jnp.float16, jnp.bfloat16)
         }
     derivatives = {}
-    for name in rl.LOSSES:
+    for name in DERIVED:
         progress(1.0, f"{name}, derivatives")
         found = keep(f"{name}-derivatives-{config.points}", partial(_derivatives, name, config))
         derivatives[name] = Off(

@@ -79,8 +79,9 @@ class LinearFit:
             ValueError: X has another shape.
 
         >>> x = jnp.arange(8.0)[:, None]
-        >>> rl.fit_linear(x, 2 * x[:, 0] + 1).predict(jnp.array([[10.0], [20.0]])).round(3)
-        Array([21., 41.], dtype=float32)
+        >>> rows = rl.fit_linear(x, 2 * x[:, 0] + 1).predict(jnp.array([[10.0], [20.0]]))
+        >>> [f"{row:.3f}" for row in rows]
+        ['21.000', '41.000']
         """
         if self._batched:
             return jax.vmap(lambda fit: fit.predict(X))(self)
