@@ -721,11 +721,17 @@ def test_summary_says_what_happened(x64):
     assert "60 rows" in broken
     assert "the data hold a NaN or an infinity" in broken
     siegel = load("siegel")
-    for loss in (rl.huber, rl.tukey):
-        found = rl.fit_linear(siegel.X, siegel.y, loss)
-        assert "6 of 9 rows are fitted exactly, so the scale is 0" in found.summary()
+    mostly = np.where(np.arange(60) % 6 > 0, 3.0, y)
+    for found, rows in (
+        (rl.fit_linear(siegel.X, siegel.y, rl.tukey), "6 of 9 rows"),
+        (rl.fit_linear(X, mostly), "50 of 60 rows"),
+    ):
+        assert f"{rows} are fitted exactly, so the scale is 0" in found.summary()
         assert "no standard errors" in found.summary()
         assert np.all(np.isnan(found.standard_errors()))
+    perfect = rl.fit_linear(X, X @ [1.0, 2.0, 3.0])
+    assert "60 of 60 rows are fitted exactly" in perfect.summary()
+    assert np.all(perfect.standard_errors() == 0)
 
 
 def test_a_loss_is_judged_relative_to_its_delta(x64):
