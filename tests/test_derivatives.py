@@ -177,8 +177,17 @@ HARD = {  # of (r, *parameters): where derivatives were wrong, or NaN, in spite 
 SLOW = ("general", "general_nll", "student_t_nll")  # to compile
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("name", rl.LOSSES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(
+            name, dtype, id=f"{name}-{dtype.__name__}",
+            marks=[pytest.mark.thorough] * (name in SLOW and dtype is np.float64),
+        )
+        for name in rl.LOSSES
+        for dtype in (np.float32, np.float64)
+    ],
+)  # fmt: skip
 def test_first_and_second_derivatives_in_ulps(name, dtype):
     """In the residual and every parameter, against mpmath."""
     many = 10 if name == "general_nll" else 30

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 
@@ -11,12 +12,12 @@ from .measure import WAYS, added, batches, cells, describe, forget, measure, tab
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--sets", type=int, default=10_000)
 parser.add_argument("--seed", type=int, default=0)
-parser.add_argument("--way", default="", help="only those whose name holds this")
+parser.add_argument("--way", default="", help="only those whose name this regular expression finds")
 parser.add_argument("--show", type=int, default=3, help="fits of each law broken")
 options = parser.parse_args()
 
 begin = time.time()
-ways = [way for way in WAYS if options.way in way.name]
+ways = [way for way in WAYS if re.search(options.way, way.name)]
 each = -(-options.sets // len(ways))
 count = None
 for way in ways:

@@ -250,8 +250,8 @@ def objective(of: Problem, at: Evidence, q: float) -> tuple[float, float, float]
 def m_scale(e: np.ndarray, w: np.ndarray, loss: str, share: float) -> np.ndarray:
     """The s at which the mean of the bounded loss of e / s is `share`; for each row of e.
 
-    0 where fewer than that are not 0. Where just as many are not, any small s would do: the one
-    beyond which the first of them counts in full.
+    0 where fewer than that are not 0. Where just as many are not, any small s would do: it is
+    the one beyond which the first of them counts in full.
     """
     rho, width = RHO[loss]
     size, w = np.abs(e), w / np.sum(w)
@@ -268,7 +268,10 @@ def m_scale(e: np.ndarray, w: np.ndarray, loss: str, share: float) -> np.ndarray
 
 
 def s_scale(of: Problem, at: Evidence, loss: str) -> float:
-    """The least M-scale: from every subset of as many rows as coefficients, refined."""
+    """The least M-scale: from `at`, and every subset of as many rows as coefficients, refined.
+
+    An upper bound: with a loss that is nowhere flat another minimum may be lower yet.
+    """
     Q, (n, k) = at.Q.astype(float), at.Q.shape
     unit = float(size_of(of.y))
     unit = unit if unit > 0 else 1.0
@@ -280,17 +283,18 @@ def s_scale(of: Problem, at: Evidence, loss: str) -> float:
     e = y - np.linalg.solve(Q[rows], y[rows][..., None])[..., 0] @ Q.T
     np.put_along_axis(e, rows, 0, axis=1)  # to the last digit
     e[np.abs(e) < 1e-12 * (1 + np.abs(y))] = 0
+    e = np.concatenate([e, (at.e / unit).astype(float)[None]])
     s = m_scale(e, w, loss, share)
-    first = np.argsort(s)[:12]
+    first = np.r_[np.argsort(s)[:12], len(s) - 1]
     e, s = e[first], s[first]
-    for _ in range(40):
+    for _ in range(400):
         u = e / (np.where(s > 0, s, 1)[:, None] * RHO[loss][1])
         pull = w * (np.maximum(1 - u * u, 0) ** 2 if loss == "tukey" else np.exp(-u * u))
         normal = np.einsum("si,ij,ik->sjk", pull, Q, Q) + 1e-14 * np.eye(k)
         b = np.linalg.solve(normal, ((pull * y) @ Q)[..., None])[..., 0]
         new = y - b @ Q.T
         there = m_scale(new, w, loss, share)
-        better = (there < s) & (s > 0)
+        better = (there < s * (1 - 1e-7)) & (s > 0)
         e, s = np.where(better[:, None], new, e), np.where(better, there, s)
         if not np.any(better):
             break
