@@ -46,7 +46,7 @@ from robustloss.losses._elementwise import (
     with_leaves,
 )
 from robustloss.losses.convex import huber
-from robustloss.reduce import mask, ratios
+from robustloss.reduce import mask, ratios, relative
 from robustloss.views import weight
 
 __all__ = ["LinearFit", "fit_linear"]
@@ -308,11 +308,9 @@ def _result(
 
 
 def _shares(weights: ArrayLike, n: int, where: ArrayLike | None) -> Array:
-    """Weights of which the largest is 1, since only their ratios count."""
+    """Weights of which the largest is near 1, since only their ratios count; NaN where invalid."""
     w, _ = ratios(weights, (n,), where, (0,))
-    w = jnp.where(w >= 0, w, jnp.nan)
-    largest = jnp.max(w, initial=0)
-    return w / jnp.where(largest > 0, largest, 1)
+    return relative(w, (0,))[0]
 
 
 def _data(X: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:
