@@ -355,6 +355,8 @@ class _Tests(NamedTuple):
         try:
             jax.eval_shape(bend, scale)
         except (TypeError, ValueError, NotImplementedError):
+            # A model that JAX cannot differentiate twice, such as one with a `custom_vjp`, has no
+            # curvature to test; the docstring of `fit` says so.
             return looks & ((jnp.max(pulls) > 0) | (value == 0))
         signs = jax.random.rademacher(jax.random.key(1), slope.shape, wide)
         by_slope, by_signs = jnp.stack([scale * slope, signs])
