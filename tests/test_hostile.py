@@ -313,12 +313,12 @@ def test_moves_with_hostile_data(way, change):
 
 def test_weights_count_rows(x64):
     """At a given scale, integer weights are repeated rows and 0 is none, whatever their unit."""
+    fit = jax.jit(partial(rl.fit_linear, tuning=1.345, scale=1.0))
     for seed in range(12):
         of = made("leverage", 40 + seed, 24, 2, full=True)
         w = np.random.default_rng(seed).integers(0, 4, len(of.y)).astype(float)
         if np.linalg.matrix_rank(np.c_[np.ones(len(of.y)), of.X][w > 0]) < 3:
             continue
-        fit = jax.jit(partial(rl.fit_linear, tuning=1.345, scale=1.0))
         pad = np.repeat(np.arange(len(of.y)), w.astype(int))
         rows = np.resize(pad, 72)
         keep = np.arange(72) < len(pad)

@@ -148,7 +148,7 @@ def balanced(
     total, sizes, near, counts = sums(of, terms, r, of.y, moved)
     met, missed, moves = counts
     dependent = dependent_columns(of)
-    clear = jnp.all((sizes[:, 0] > 0) & (sizes[:, 1] <= _BLUR * sizes[:, 0]) | dependent)
+    clear = jnp.all((near[:, 0] > 0) & (near[:, 1] <= _BLUR * near[:, 0]) | dependent)
     clear |= (missed == 0) & (met >= of.rank)
     holds, strictly = (
         jnp.all(jnp.abs(total) <= eps**_BALANCE * size[:, 0] + size[:, 1]) for size in (sizes, near)
