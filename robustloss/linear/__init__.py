@@ -17,9 +17,9 @@ from robustloss.linear._choice import (
     checked_key,
     checked_loss,
     checked_method,
+    convex,
     level,
     one_number,
-    redescends,
     residual_scale,
     s_loss,
     scale_of,
@@ -160,10 +160,8 @@ the rows cannot carry off, then the M-estimate next to it, at its scale |
     if method == "mm" and scale is not None:
         raise ValueError(f'method="mm" estimates its own scale, got scale={scale!r}')
     estimated, number = residual_scale("mad" if scale is None else scale, w is not None)
-    # One minimum is found from anywhere, several only from where one starts.
-    anywhere = b is None and method == "irls" and redescends(loss) is False
     return _fit_linear(
-        method, free, bool(intercept), anywhere, with_leaves(loss),
+        method, free, bool(intercept), method == "irls" and convex(loss), with_leaves(loss),
         s_loss(loss) if method == "mm" else None,
         estimated,
         X, y, one_number("tuning", positive("tuning", tuning)).astype(y.dtype),
@@ -175,7 +173,7 @@ the rows cannot carry off, then the M-estimate next to it, at its scale |
 
 @partial(jax.jit, static_argnums=range(4))
 def _fit_linear(
-    method: str, free: bool, intercept: bool, anywhere: bool, loss: Partial, chi: Partial | None,
+    method: str, free: bool, intercept: bool, convex: bool, loss: Partial, chi: Partial | None,
     scale_function: Partial | None, X: Array, y: Array, tuning: Array, given: Array, level: Array,
     start: Array | None, keep: Array | None, w: Array | None, key: Array,
 ) -> LinearFit:  # fmt: skip
@@ -205,7 +203,7 @@ def _fit_linear(
         else:
             b = None if start is None else from_coefficients(of, start)
             joint = free and scale_function is not None
-            found = _m(of, loss_at_scale, estimate_scale, b, anywhere, joint)
+            found = _m(of, loss_at_scale, estimate_scale, b, convex, joint)
             covariance = inference.huber_h1(of, loss_at_scale, found)
             unique = jnp.asarray(covariance.definite)
         # Where the scale is given, none was found to be 0.
@@ -228,18 +226,19 @@ def _m(
     loss: LossAtScale,
     estimate_scale: EstimateScale,
     start: Array | None,
-    anywhere: bool,
+    convex: bool,
     joint: bool,
 ) -> Estimate:
     """The M-estimate, from least squares unless told."""
-    sample = subsample(of) if anywhere else None
-    if sample is not None:
-        near = m_estimate(
-            sample, loss, estimate_scale, least_squares(sample, clipped=True), joint=joint
-        )
-        return m_estimate(of, loss, estimate_scale, near.b, near.scale, joint=joint)
-    start = least_squares(of, clipped=anywhere) if start is None else start
-    return m_estimate(of, loss, estimate_scale, start, joint=joint)
+    estimate = partial(m_estimate, convex=convex, joint=joint)
+    if start is not None:
+        return estimate(of, loss, estimate_scale, start)
+    # One minimum is found from anywhere, several only from where one starts.
+    sample = subsample(of) if convex else None
+    if sample is None:
+        return estimate(of, loss, estimate_scale, least_squares(of, clipped=convex))
+    near = estimate(sample, loss, estimate_scale, least_squares(sample, clipped=True))
+    return estimate(of, loss, estimate_scale, near.b, near.scale)
 
 
 def _mm(

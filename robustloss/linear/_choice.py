@@ -108,15 +108,31 @@ def _at_unit_delta(loss: Loss) -> Loss:
 
 def redescends(loss: Loss) -> bool | None:
     """Whether the influence returns to zero, whatever the units of delta; None where traced."""
+    pulls = _influences(loss)
+    if pulls is None:
+        return None
+    sizes = np.abs(pulls)
+    return bool(max(sizes[0], sizes[-1]) < 0.01 * np.nanmax(sizes))
+
+
+def convex(loss: Loss) -> bool:
+    """Whether the influence is known never to fall, so that a fit has one minimum."""
+    pulls = _influences(loss)
+    if pulls is None:
+        return False
+    rounding = np.finfo(float).eps ** 0.75 * np.abs(pulls[1:])
+    return bool(np.all(np.diff(pulls) >= -rounding))
+
+
+def _influences(loss: Loss) -> np.ndarray | None:
+    """At residuals of all sizes, from below to above; None where parameters are traced."""
     residuals = 2.0 ** np.arange(-100, 101)
     with jax.ensure_compile_time_eval(), enable_x64():
-        both = jnp.asarray(np.concatenate([residuals, -residuals]))
+        both = jnp.asarray(np.concatenate([-residuals[::-1], residuals]))
         try:
-            pulls = np.abs(np.asarray(influence(_at_unit_delta(loss), both)))
+            return np.asarray(influence(_at_unit_delta(loss), both))
         except jax.errors.TracerArrayConversionError:
             return None
-    pulls = np.max(pulls.reshape(2, -1), axis=0)
-    return bool(pulls[-1] < 0.01 * np.nanmax(pulls))
 
 
 def _weight_at_0(loss: Loss) -> float:

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from robustloss._sums import joint_sums
 from robustloss.linear._problem import (
     Problem,
     both_predictions,
@@ -52,6 +53,8 @@ _BLUR = 0.25
 _STIFFEST = 1e3
 _STEEPEST = 0.995  # slope of the scale in itself, up to which the solution is looked for ahead
 _SECANTS = 8
+_LARGE = 0.02  # scales, for a step that need not be the last
+_FEW = 8  # steps, after which those that are still large may be as small as they become
 
 
 class Estimate(NamedTuple):
@@ -86,74 +89,88 @@ def subsample(of: Problem) -> Problem | None:
     return part(of, spaced(of.counted(), n, _PART))
 
 
-def _equations(
-    of: Problem, loss: LossAtScale, r: Array, s: Array, newton: Array, joint: bool
-) -> tuple[Array, Array]:
-    """The normal matrix and, as columns, the equations of b and what the scale does to them."""
-
-    def terms(q: Array, each: Array, r: Array) -> Array:
-        curve = jnp.where(newton, curvature(loss(s), r), weight(loss(s), r))
-        pull = influence(loss(s), r)
-        columns = [each * pull]
-        if joint:
-            columns.append(each * (pull - curve * r) / s)
-        bent, *columns = (jnp.where(each > 0, x, 0) for x in (each * curve, *columns))
-        if not joint:  # faster with the many starts of an S-estimate, which share q
-            return jnp.column_stack([gram(q, bent), q.T @ columns[0]])
-        return crossed(q, jnp.column_stack([q * bent[:, None], *columns]))  # in one pass
-
-    found, k = sums(of, terms, r), len(of.constants)
-    return found[:, :k], found[:, k:]
-
-
 def dependent_columns(of: Problem) -> Array:
     """Which columns of q are 0, since they depend on the others."""
     return jnp.sum(jnp.abs(of.slopes), axis=0) + jnp.abs(of.constants) == 0
 
 
-def balanced(
-    of: Problem, loss: Callable[..., Array], b: Array, r: Array, moved: Array, still: Array
-) -> Array:
-    """Whether `sum(psi(r) q) = 0` to rounding, relative to the sum of |psi| |q|.
+class Equations(NamedTuple):
+    """What a step is computed from, at some coefficients and their scale."""
 
-    Rounding changes a residual by eps (|y| + |r| + |q b|), and psi by psi' times that: a row whose
-    influence has levelled off blurs nothing, however far away it is. Where that blur hides the
-    pulls themselves, as at a scale below the rounding of the data, nothing can be verified and
-    the answer is no, unless every row that has an influence is met.
+    normal: Array
+    """(k, k) the sum of `psi'(r) q q'`, or of `w(r) q q'` for a step of reweighting"""
+    right: Array
+    """(k, 1) the sum of `psi(r) q`; (k, 2) with its derivative by the scale"""
+    balanced: Array
+    """whether the sum of `psi(r) q` is 0 to rounding"""
+
+
+def _equations(
+    of: Problem,
+    loss: Callable[..., Array],
+    at: tuple[Array, Array, Array],
+    newton: Array,
+    last: tuple[Array, Array, Array],
+    joint: bool,
+) -> Equations:
+    """The equations `sum(psi(r) q) = 0` at the b, r and s of `at`.
+
+    `last` is how far the last step moved the residuals, what counts as still, and whether the
+    equations may be balanced: where not, that is not computed.
+
+    They count as balanced where each is 0 to rounding, relative to the sum of |psi| |q|. Rounding
+    changes a residual by eps (|y| + |r| + |q b|), and psi by psi' times that: a row whose influence
+    has levelled off blurs nothing, however far away it is. Where that blur hides the pulls
+    themselves, as at a scale below the rounding of the data, nothing can be verified and the answer
+    is no, unless every row that has an influence is met.
 
     A row that is far out in X and has an influence hides the equations of the others behind its
-    own. So rows count no more than if they were at most `_REACH` away; or else the last step,
-    which `moved` the residuals, must have moved none by more than `still`, or rounding.
+    own. So rows count no more than if they were at most `_REACH` away; or else the last step must
+    have moved no row by more than `still`, or rounding.
     """
-    eps = jnp.finfo(r.dtype).eps
+    b, r, s = at
+    moved, still, candidate = last
+    k = len(of.constants)
     typical = of.typical_size(b)
 
     def terms(q: Array, each: Array, r: Array, y: Array, moved: Array) -> tuple[Array, ...]:
-        far = jnp.maximum(1, jnp.max(jnp.abs(q), axis=1))
-        rounding = eps * (jnp.abs(y) + jnp.abs(r) + typical * far)
-        pull = jnp.where(each > 0, each * influence(loss, r), 0)
-        curve = jnp.where(each > 0, each * jnp.abs(curvature(loss, r)), 0)
-        met = jnp.abs(r) <= 8 * rounding
-        moves = (each > 0) & ~(jnp.abs(moved) <= still + 8 * rounding)
-        columns = jnp.column_stack([jnp.abs(pull), curve * rounding])
-        near = jnp.minimum(1, _REACH / far)
-        counts = ((each > 0) & met, (pull != 0) & ~met, moves)
-        return (
-            q.T @ pull,
-            jnp.abs(q).T @ columns,
-            jnp.abs(q).T @ (near[:, None] * columns),
-            jnp.stack([jnp.sum(rows.astype(r.dtype)) for rows in counts]),
-        )
+        def counted(x: Array) -> Array:
+            return jnp.where(each > 0, each * x, 0)
 
-    total, sizes, near, counts = sums(of, terms, r, of.y, moved)
-    met, missed, moves = counts
-    dependent = dependent_columns(of)
-    clear = jnp.all((near[:, 0] > 0) & (near[:, 1] <= _BLUR * near[:, 0]) | dependent)
+        psi, bend = influence(loss, r), curvature(loss, r)
+        curve = jnp.where(newton, bend, weight(loss, r))
+        pull = counted(psi)
+
+        def sizes() -> tuple[Array, Array]:
+            far = jnp.maximum(1, jnp.max(jnp.abs(q), axis=1))
+            near = jnp.minimum(1, _REACH / far)
+            rounding = jnp.finfo(r.dtype).eps * (jnp.abs(y) + jnp.abs(r) + typical * far)
+            pulls, blurs = jnp.abs(pull), counted(jnp.abs(bend)) * rounding
+            met = jnp.abs(r) <= 8 * rounding
+            moves = ~(jnp.abs(moved) <= still + 8 * rounding)
+            rows = (each > 0) & met, (pull != 0) & ~met, (each > 0) & moves
+            over_rows = joint_sums(pulls * far, blurs * far, *(x.astype(r.dtype) for x in rows))
+            columns = crossed(jnp.abs(q), jnp.column_stack([near * pulls, near * blurs]))
+            return columns, jnp.stack(over_rows)
+
+        nothing = jnp.zeros((k, 2), r.dtype), jnp.zeros(5, r.dtype)
+        if joint:  # in one pass
+            columns = counted(curve)[:, None] * q, pull, counted((psi - curve * r) / s)
+            found = crossed(q, jnp.column_stack(columns))
+        else:  # faster with the many starts of an S-estimate, which share q
+            found = jnp.column_stack([gram(q, counted(curve)), q.T @ pull])
+        return found, *lax.cond(candidate, sizes, lambda: nothing)
+
+    found, columns, over_rows = sums(of, terms, r, of.y, moved)
+    normal, right = found[:, :k], found[:, k:]
+    pulls, blurs = columns.T
+    far_pulls, far_blurs, met, missed, moves = over_rows
+    clear = jnp.all((pulls > 0) & (blurs <= _BLUR * pulls) | dependent_columns(of))
     clear |= (missed == 0) & (met >= of.rank)
-    holds, strictly = (
-        jnp.all(jnp.abs(total) <= eps**_BALANCE * size[:, 0] + size[:, 1]) for size in (sizes, near)
-    )
-    return clear & (strictly | (holds & (moves == 0)))
+    part, total = jnp.finfo(r.dtype).eps ** _BALANCE, jnp.abs(right[:, 0])
+    holds = jnp.all(total <= part * pulls + blurs)
+    holds |= (moves == 0) & jnp.all(total <= part * far_pulls + far_blurs)
+    return Equations(normal, right, candidate & clear & holds)
 
 
 def _objective_change(
@@ -164,21 +181,15 @@ def _objective_change(
     `moved` is `new - r`, known without the rounding of either. Where it is a small part of r, the
     change is taken from the influences, so that a row that is far away does not blur it.
     """
-    eps = jnp.finfo(r.dtype).eps
-
-    def terms(_: Array, each: Array, r: Array, new: Array, moved: Array) -> tuple[Array, Array]:
-        both = jnp.stack([r, new])
-        pulls, losses = influence(loss, both), loss(both)
-        near = jnp.abs(moved) <= 2.0**-8 * jnp.abs(r)
-        change = jnp.where(near, 0.5 * moved * (pulls[0] + pulls[1]), losses[1] - losses[0])
-        size = jnp.where(
-            near, jnp.abs(moved) * jnp.max(jnp.abs(pulls), axis=0), losses[0] + losses[1]
-        )
-        change, size = (jnp.sum(jnp.where(each > 0, each * x, 0)) for x in (change, size))
-        return change, size
-
-    change, size = sums(of, terms, r, new, moved)
-    return change, 16 * eps * size
+    each = of.each()
+    before, after = loss(r), loss(new)
+    pull, new_pull = influence(loss, r), influence(loss, new)
+    near = jnp.abs(moved) <= 2.0**-8 * jnp.abs(r)
+    change = jnp.where(near, 0.5 * moved * (pull + new_pull), after - before)
+    largest = jnp.maximum(jnp.abs(pull), jnp.abs(new_pull))
+    size = jnp.where(near, jnp.abs(moved) * largest, before + after)
+    change, size = joint_sums(*(jnp.where(each > 0, each * x, 0) for x in (change, size)))
+    return change, 16 * jnp.finfo(r.dtype).eps * size
 
 
 def _follow_scale(
@@ -233,22 +244,26 @@ def m_estimate(
     s: Array | None = None,
     steps: int = _STEPS,
     *,
+    convex: bool = False,
     joint: bool = False,
 ) -> Estimate:
     """The b at which `sum(psi(q b - y; s) q) = 0` with `s = estimate_scale(of, q b - y, s)`.
 
-    `estimate_scale` must be positive. `joint`: Newton's steps are of b and s together, for a scale
-    that is a function of the residuals alone and a loss whose unit it is; else each step takes s
-    as fixed. Converged means that both equations hold to rounding at the b and s returned.
+    `estimate_scale` must be positive. `convex`: the loss is known to be. `joint`: Newton's steps
+    are of b and s together, for a scale that is a function of the residuals alone and a loss whose
+    unit it is; else each step takes s as fixed. Converged means that both equations hold to
+    rounding at the b and s returned.
     """
-    each = of.each()
-    tolerance = jnp.finfo(of.y.dtype).eps ** 0.75
+    k, dtype = len(of.constants), of.y.dtype
+    tolerance = jnp.finfo(dtype).eps ** 0.75
     dependent = dependent_columns(of)
+    guess = of.size if s is None else s
 
     class State(NamedTuple):
         b: Array
         r: Array
         s: Array
+        equations: Equations
         steps: Array
         moved: Array
         newton: Array
@@ -257,11 +272,14 @@ def m_estimate(
         followed: Array
         rest: Array
 
+    # The first step moves nothing: it is there to compute the residuals, the scale and the
+    # equations, which a program would else contain twice.
     def step(at: State) -> State:
-        normal, right = _equations(of, loss, at.r, at.s, at.newton, joint)
-        moves = solve(normal, right)
+        first = at.steps < 0
+        normal = at.equations.normal
+        moves = solve(normal, at.equations.right)
         move, t = moves[:, 0], jnp.zeros_like(at.s)
-        size = jnp.max(jnp.abs(move))
+        size = jnp.where(first, guess, jnp.max(jnp.abs(move)))
         if not joint:
             r, change = both_predictions(of, at.b - move, move)
             r, change = r - of.y, -change
@@ -276,16 +294,11 @@ def m_estimate(
             move, r = move + t * by_scale, jnp.where(t == 0, r, r - t * v)
             change = r - at.r
         follows = t != 0
-        b = at.b - move
         rise, noise = _objective_change(of, loss(at.s), at.r, r, change)
         # Where no row is near the fit there is no curvature to divide by.
         flat = jnp.any((jnp.diagonal(normal) <= 0) & ~dependent)
         taken = ~at.newton | (~flat & (follows | (rise <= noise)))
-        moved = jnp.max(jnp.abs(move))
-        same_scale = jnp.abs(s - at.s) <= tolerance * s
-        # The distance left is about the square of a step of Newton's, and a part of another's.
-        still = jnp.where(at.newton, tolerance**0.5, tolerance) * s
-        rest = taken & balanced(of, loss(s), b, r, change, still) & (joint | same_scale)
+        moved = jnp.where(first, jnp.inf, jnp.max(jnp.abs(move)))
         # From afar, a loss with several minima could be led from the nearest to another; and
         # where its curvature jumps, round in circles.
         slow = ~(taken & (moved <= 0.5 * at.moved))
@@ -293,20 +306,35 @@ def m_estimate(
         limit = jnp.where(lost, 0.1 * at.limit, at.limit)
         circles = at.followed & (moved > 0.9 * at.moved)
         near = jnp.where(circles, 0.1, jnp.where(slow, 1, 4)) * at.near
-        new = State(b, r, s, at.steps + 1, moved, moved <= limit * s, limit, near, follows, rest)
-        old = at._replace(steps=at.steps + 1, newton=jnp.asarray(False), limit=limit)
-        return jax.tree.map(lambda x, y: jnp.where(taken, x, y), new, old)
+        # Of a step of Newton's, the distance left is about the square, and a part of another's.
+        still = jnp.where(at.newton, tolerance**0.5, tolerance) * s
+        same_scale = jnp.abs(s - at.s) <= tolerance * s
+
+        b, r, s, moved, near, follows = (
+            jnp.where(taken, new, old)
+            for new, old in [
+                (at.b - move, at.b), (r, at.r), (s, at.s), (moved, at.moved), (near, at.near),
+                (follows, at.followed),
+            ]
+        )  # fmt: skip
+        newton = taken & (moved <= limit * s)
+        # A large step need not be followed by the sums that tell whether it was the last.
+        candidate = taken & ((moved <= _LARGE * s) | (at.steps > _FEW))
+        last = jnp.where(first, jnp.inf, change), still, candidate
+        equations = _equations(of, loss(s), (b, r, s), newton, last, joint)
+        rest = equations.balanced & (joint | same_scale)
+        return State(b, r, s, equations, at.steps + 1, moved, newton, limit, near, follows, rest)
 
     def goes_on(at: State) -> Array:
         return ~at.rest & (at.steps < steps) & jnp.all(jnp.isfinite(at.b))
 
-    r = predictions(of, start) - of.y
-    guess = of.size if s is None else s
-    s = estimate_scale(of, r, guess, guess)
-    convex = jnp.all((curvature(loss(s), r) >= 0) | (each == 0))
-    limit = jnp.where(convex, jnp.inf, jnp.asarray(0.1, s.dtype))
-    no, inf, near = jnp.asarray(False), jnp.full_like(s, jnp.inf), jnp.ones_like(s)
-    begin = State(start, r, s, jnp.int32(0), inf, convex, limit, near, no, no)
+    no = jnp.asarray(False)
+    nothing = Equations(jnp.eye(k, dtype=dtype), jnp.zeros((k, 1 + joint), dtype), no)
+    limit = jnp.asarray(jnp.inf if convex else 0.1, dtype)
+    begin = State(
+        start, jnp.zeros_like(of.y), guess, nothing, jnp.int32(-1), jnp.full((), jnp.inf, dtype),
+        no, limit, jnp.ones((), dtype) / 4, no, no,
+    )  # fmt: skip
     end = lax.while_loop(goes_on, step, begin)
     finite = jnp.all(jnp.isfinite(end.b)) & jnp.isfinite(end.s)
     return Estimate(end.b, end.s, end.r, end.rest & finite, end.steps)
