@@ -14,8 +14,16 @@ from jax import Array, lax
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
-from robustloss.losses._elementwise import at_least_float32, check_loss, real_array, with_leaves
-from robustloss.reduce import mask, mean, ratios, relative, total
+from robustloss._arguments import (
+    at_least_float32,
+    check_loss,
+    mask,
+    ratios,
+    real_array,
+    relative,
+    with_leaves,
+)
+from robustloss.reduce import mean, total
 
 __all__ = ["Fit", "fit"]
 

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
-from robustloss.losses._elementwise import (
-    _broadcasts,
+from robustloss._arguments import (
+    Axis,
     at_least_float32,
+    axes_of,
     check_loss,
-    readable,
-    real_array,
+    mask,
+    nonnegative,
+    ratios,
+    relative,
     residual,
 )
 from robustloss.losses.convex import absolute_error, squared_error
@@ -27,7 +29,6 @@ from robustloss.losses.convex import absolute_error, squared_error
 __all__ = ["mae", "mean", "mse", "total"]
 
 Loss = Callable[..., Array]
-Axis = int | Sequence[int] | None
 
 
 def mean(
@@ -166,97 +167,6 @@ def _kept(
     return losses.astype(at_least_float32(losses.dtype)), keep, dtype
 
 
-def mask(where: ArrayLike, shape: tuple[int, ...]) -> Array:
-    """`where` as booleans of this shape."""
-    keep = real_array("where", where)
-    if keep.dtype != jnp.bool_:
-        raise TypeError(f"where must be boolean, got dtype {keep.dtype}")
-    return _spread("where", keep, shape)
-
-
-def nonnegative(
-    weights: ArrayLike, shape: tuple[int, ...], where: ArrayLike | None = None
-) -> Array:
-    """`weights` of this shape, 0 where dropped.
-
-    Those that are kept must be finite, >= 0, and 0 or no less than the smallest normal number,
-    since XLA on a CPU takes what is below it for 0. Others are a ValueError where they can be
-    read, and NaN where they are traced.
-    """
-    with np.errstate(over="ignore"):  # it is told below
-        w = _spread("weights", real_array("weights", weights), shape)
-    given = _checked(weights, shape, where)
-    if jnp.issubdtype(w.dtype, jnp.floating):
-        info = jnp.finfo(w.dtype)
-        if given is None:
-            low = jnp.asarray(info.tiny, w.dtype)
-            size = lax.bitcast_convert_type(jnp.abs(w), f"uint{info.bits}")
-            small = (size > 0) & (size < lax.bitcast_convert_type(low, size.dtype))
-            w = jnp.where((w >= 0) & (w < jnp.inf) & ~small, w, jnp.nan)
-        elif (lost := given[_lost(given, w.dtype)]).size:
-            raise ValueError(
-                f"weights must be 0 or in [{float(info.tiny):.4g}, {float(info.max):.4g}], the "
-                f"numbers of {w.dtype}, got {lost[0]}"
-            )
-    elif given is None and jnp.issubdtype(w.dtype, jnp.signedinteger):
-        w = jnp.where(w >= 0, w.astype(float), jnp.nan)
-    return w if where is None else jnp.where(mask(where, shape), w, 0)
-
-
-def ratios(
-    weights: ArrayLike, shape: tuple[int, ...], where: ArrayLike | None, axes: tuple[int, ...]
-) -> tuple[Array, jnp.dtype]:
-    """`weights` of this shape, 0 where dropped, for `relative` along the axes; and their dtype.
-
-    Errors are those of `nonnegative`, but every finite magnitude will do: numbers that JAX's
-    type cannot hold, such as NumPy's 1e-50 in float32, are multiplied by a power of 2 here.
-    """
-    given = readable(weights)
-    if given is not None and given.dtype == np.float64:
-        weights = _scaled(given, shape, where, axes)
-    array = real_array("weights", weights)
-    w = _spread("weights", array, shape)
-    _checked(weights, shape, where)
-    w = w if where is None else jnp.where(mask(where, shape), w, 0)
-    floating = jnp.issubdtype(array.dtype, jnp.floating)
-    wide = at_least_float32(array.dtype if floating else jnp.result_type(float))
-    return w.astype(wide), array.dtype
-
-
-def _scaled(
-    w: np.ndarray, shape: tuple[int, ...], where: ArrayLike | None, axes: tuple[int, ...]
-) -> np.ndarray:
-    """The same ratios along the axes, where the type that JAX will take cannot hold them."""
-    known = None if where is None else readable(where)
-    fit = all(_broadcasts(x.shape, shape) for x in (w, known) if x is not None)
-    if not (fit and np.any(_lost(w, jnp.result_type(float)))):
-        return w
-    w = np.broadcast_to(w, shape)
-    kept = np.broadcast_to(True if known is None else known, shape) & (w >= 0) & (w < np.inf)
-    _, exponent = np.frexp(np.max(w, axes, keepdims=True, initial=0, where=kept))
-    return np.ldexp(w, -exponent, where=kept, out=w.copy())
-
-
-def _checked(
-    weights: ArrayLike, shape: tuple[int, ...], where: ArrayLike | None
-) -> np.ndarray | None:
-    """The weights that are kept, all finite and >= 0; None where they cannot be read."""
-    given, kept = readable(weights), True if where is None else readable(where)
-    if given is None or kept is None:
-        return None
-    given = np.broadcast_to(given, shape)[np.broadcast_to(kept, shape)]
-    for law, holds in ((">= 0", given >= 0), ("finite", given < np.inf)):
-        if not np.all(holds):
-            raise ValueError(f"weights must be {law}, got {given[~holds][0]}")
-    return given
-
-
-def _lost(given: np.ndarray, dtype: Any) -> np.ndarray:
-    """Which of these would become 0 or infinite."""
-    info = jnp.finfo(dtype)
-    return (given > 0) & ((given < float(info.tiny)) | (given > float(info.max)))
-
-
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _quotient(x: Array, divisor: Array, axes: tuple[int, ...]) -> Array:
     """`sum(x) / divisor`, finite where this is, for a sum of n numbers that may not be.
@@ -302,58 +212,5 @@ def _weighted_mean_jvp(axes: tuple[int, ...], primals: Any, tangents: Any) -> tu
 _weighted_mean.defjvp(_weighted_mean_jvp, symbolic_zeros=True)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
-def relative(w: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
-    """`w unit` and the unit, a power of 2 that takes the largest w along the axes to [1, 4).
-
-    A w that is negative or not finite is NaN. Subnormal numbers, which XLA on a CPU reads as 0,
-    are read from their bits.
-    """
-    info = jnp.finfo(w.dtype)
-    bits = lax.bitcast_convert_type(w, jnp.int32 if info.bits == 32 else jnp.int64)
-    minus_0 = jnp.iinfo(bits.dtype).min
-    top, bias = info.maxexp, info.maxexp - 1
-
-    def power_of_2(exponent: Array) -> Array:
-        return lax.bitcast_convert_type((exponent + bias) << info.nmant, w.dtype)
-
-    largest = jnp.max(bits, axes, keepdims=True, initial=0)
-    exponent = jnp.clip(largest >> info.nmant, 1, 2 * top - 3) - bias
-    exponent = jnp.where(largest == 0, 0, exponent)
-    unit = power_of_2(-exponent)
-    lowest = 1 << info.nmant  # of the normal numbers
-    fraction = (bits & (lowest - 1)).astype(w.dtype) * (1 / lowest)
-    subnormal = fraction * power_of_2(jnp.maximum(2 - top - exponent, 2 - top))
-    valid = ((bits >= 0) & (bits < (2 * top - 1) << info.nmant)) | (bits == minus_0)
-    near = jnp.where(jnp.abs(bits) < lowest, subnormal, w * unit)
-    return jnp.where(valid, near, jnp.nan), unit
-
-
-@relative.defjvp
-def _relative_jvp(axes: tuple[int, ...], primals: Any, tangents: Any) -> Any:
-    near, unit = relative(*primals, axes)
-    return (near, unit), (tangents[0] * unit, jnp.zeros_like(unit))
-
-
-def axes_of(axis: Axis, ndim: int) -> tuple[int, ...]:
-    """The axes to reduce, counted from 0."""
-    if axis is None:
-        return tuple(range(ndim))
-    axes = (axis,) if isinstance(axis, int) else tuple(axis)
-    for each in axes:
-        if not -ndim <= each < ndim:
-            raise ValueError(f"axis {each} is out of bounds for an array of {ndim} dimensions")
-    return tuple(each % ndim for each in axes)
-
-
 def _length(x: Array, axes: tuple[int, ...]) -> int:
     return math.prod(x.shape[axis] for axis in axes)
-
-
-def _spread(name: str, x: Array, shape: tuple[int, ...]) -> Array:
-    try:
-        return jnp.broadcast_to(x, shape)
-    except ValueError:
-        raise ValueError(
-            f"{name} must broadcast to the residual's shape {shape}, got shape {x.shape}"
-        ) from None

@@ -20,8 +20,9 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from robustloss._axes import Axis, over_axis
-from robustloss._order_statistics import (
+from robustloss._arguments import check_loss, constrained, positive, readable
+from robustloss._numerics import normal
+from robustloss._numerics.order_statistics import (
     as_integers,
     bare_median,
     in_order,
@@ -31,12 +32,7 @@ from robustloss._order_statistics import (
     rounding,
     weight_of,
 )
-from robustloss.losses._elementwise import (
-    check_loss,
-    constrained,
-    positive,
-    readable,
-)
+from robustloss._numerics.reduction import Axis, over_axis
 from robustloss.losses.convex import absolute_error
 from robustloss.losses.redescending import tukey
 
@@ -55,8 +51,6 @@ __all__ = [
 Loss = Callable[..., Array]
 
 # What makes each consistent at the normal; Phi is its distribution function.
-_MAD = 1.482602218505602  # 1 / Phi^-1(3/4)
-_IQR = 0.741301109252801  # 1 / (2 Phi^-1(3/4))
 _QN = 2.2191444659850758  # 1 / (sqrt 2 Phi^-1(5/8))
 _SN = 1.1925985531232085  # c of Phi(q + 1/c) - Phi(q - 1/c) = 1/2, q = Phi^-1(3/4)
 _TAU = 0.9247153921761308  # E min(|Z|, 3 q)**2
@@ -110,7 +104,7 @@ def mad(
 
 @partial(jax.jit, static_argnums=0)
 def _mad(centers: bool, x: Array, w: Array | None) -> Array:
-    return _MAD * _deviation(_centered(x, w) if centers else x, w)
+    return normal.MAD * _deviation(_centered(x, w) if centers else x, w)
 
 
 def mad_near(
@@ -127,8 +121,10 @@ def mad_near(
     if where is not None:
         w = where.astype(jnp.int32) if w is None else jnp.where(where, w, 0)
     nan = jnp.any(jnp.isnan(r))
-    found = bare_median(jnp.where(nan, 0, jnp.abs(r)), w, jnp.stack([s - far, s + far]) / _MAD)
-    return jnp.where(nan, jnp.nan, _MAD * found)
+    found = bare_median(
+        jnp.where(nan, 0, jnp.abs(r)), w, jnp.stack([s - far, s + far]) / normal.MAD
+    )
+    return jnp.where(nan, jnp.nan, normal.MAD * found)
 
 
 def iqr(
@@ -159,7 +155,7 @@ def iqr(
 @jax.jit
 def _iqr(x: Array, w: Array | None) -> Array:
     low, high = quartiles(x, w)
-    return _IQR * _flat_at_0(_gap(high, low))
+    return normal.IQR * _flat_at_0(_gap(high, low))
 
 
 class LocationScale(NamedTuple):

@@ -32,8 +32,8 @@ import jax.experimental
 import numpy as np
 from jax import Array
 
-from robustloss._quadrature import integrals
-from robustloss.losses._elementwise import check_loss, real_array, with_leaves
+from robustloss._arguments import check_loss, real_array, with_leaves
+from robustloss._numerics.quadrature import integrals
 from robustloss.views import influence
 
 __all__ = ["breakdown", "efficiency", "gross_error_sensitivity", "tune"]

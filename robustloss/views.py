@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from robustloss.losses._elementwise import check_loss, frexp, residual
-from robustloss.losses._extended import ldexp
+from robustloss._arguments import check_loss, residual
+from robustloss.losses._double import frexp, ldexp
 from robustloss.losses.adaptive import gaussian_nll, general
 from robustloss.losses.asymmetric import expectile
 from robustloss.losses.convex import squared_error

@@ -18,7 +18,7 @@ from scipy import special, stats
 
 import robustloss as rl
 from robustloss import scale
-from robustloss._order_statistics import near_median
+from robustloss._numerics.order_statistics import near_median
 from robustloss.scale import iqr, location_scale, m_scale, mad, mad_near, proposal2, qn, sn, tau
 
 NAN, INF = float("nan"), float("inf")

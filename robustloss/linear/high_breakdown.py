@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from robustloss._order_statistics import smallest
-from robustloss.linear._problem import Problem, first, part, predictions, rows, solve, sums
-from robustloss.linear.irls import Estimate, m_estimate
+from robustloss._numerics.order_statistics import smallest
+from robustloss._regression import Estimate, Problem, first, part, predictions, rows, solve, sums
+from robustloss.linear.irls import m_estimate
 from robustloss.views import weight
 
 Loss = Callable[..., Array]

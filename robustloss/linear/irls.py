@@ -16,15 +16,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from robustloss._sums import joint_sums
-from robustloss.linear._problem import (
+from robustloss._numerics.sums import joint_sums
+from robustloss._regression import (
+    Estimate,
+    LossAtScale,
     Problem,
     both_predictions,
     crossed,
+    dependent_columns,
     gram,
     part,
     predictions,
@@ -34,8 +36,6 @@ from robustloss.linear._problem import (
 )
 from robustloss.views import curvature, influence, weight
 
-LossAtScale = Callable[[Array], Callable[..., Array]]
-"""The loss at a scale."""
 EstimateScale = Callable[[Problem, Array, Array, Array], Array]
 """Of residuals, the last scale, and how far off it may be: their scale, or closer to it."""
 
@@ -57,17 +57,6 @@ _LARGE = 0.02  # scales, for a step that need not be the last
 _FEW = 8  # steps, after which those that are still large may be as small as they become
 
 
-class Estimate(NamedTuple):
-    """Where a solver ended."""
-
-    b: Array
-    scale: Array
-    residuals: Array
-    """q b - y, as a loss takes them"""
-    converged: Array
-    steps: Array
-
-
 def least_squares(of: Problem, *, clipped: bool = False) -> Array:
     """To start from: its rounding is not refined. `clipped`: without the wildest values of y."""
     y = of.y
@@ -87,11 +76,6 @@ def subsample(of: Problem) -> Problem | None:
     if n < MANY:
         return None
     return part(of, spaced(of.counted(), n, _PART))
-
-
-def dependent_columns(of: Problem) -> Array:
-    """Which columns of q are 0, since they depend on the others."""
-    return jnp.sum(jnp.abs(of.slopes), axis=0) + jnp.abs(of.constants) == 0
 
 
 class Equations(NamedTuple):

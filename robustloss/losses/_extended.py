@@ -5,18 +5,21 @@ rounding would be an error of the result.
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Sequence
-from functools import reduce
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
-from robustloss.losses._elementwise import frexp, product
+from robustloss.losses._double import (
+    clamped,
+    finite,
+    frexp,
+    ldexp,
+    product,
+    quotient_near_1,
+    sum_of_two,
+)
 from robustloss.losses._pieces import atanh_series, polynomial
 
 
@@ -38,9 +41,9 @@ def one_plus_square(r: Array, b: Array, lost: Array, delta: Array) -> OnePlus:
     (m, e), (scale, e_scale) = frexp(finite(jnp.abs(r))), frexp(finite(delta))
     lost, (b, e_b) = lost / b, frexp(jnp.abs(b))
     # y = f 2**k, f in (1/4, 8), and what f lost.
-    u, lost_u = _quotient(m, scale)
+    u, lost_u = quotient_near_1(m, scale)
     square, lost_square = product(u, u)
-    f, lost_f = _quotient(square, b)
+    f, lost_f = quotient_near_1(square, b)
     lost_f = lost_f + (lost_square + 2 * u * lost_u) / b - f * lost
     k = jnp.where(f == 0, 0, 2 * (e - e_scale) - e_b)
     # w = 2**j (1 + n), n in [sqrt(1/2) - 1, sqrt(2) - 1].
@@ -57,7 +60,7 @@ def one_plus_square(r: Array, b: Array, lost: Array, delta: Array) -> OnePlus:
     n, lost_n = sum_of_two(n, (scaled - half) + (lost_n + ldexp(lost_f, k - j)))
     # log(1 + n) = 2 atanh(s), s = n / (2 + n).
     d, lost_d = sum_of_two(jnp.full_like(n, 2), n)
-    s, lost_s = _quotient(n, d)
+    s, lost_s = quotient_near_1(n, d)
     lost_s = lost_s + (lost_n - s * (lost_d + lost_n)) / d
     high, low = _LN2[f.dtype.name]
     log, lost_log = sum_of_two(j.astype(f.dtype) * high, 2 * s)
@@ -68,9 +71,9 @@ def one_plus_square(r: Array, b: Array, lost: Array, delta: Array) -> OnePlus:
     one = jnp.ones_like(n)
     d, lost_d = sum_of_two(one, n)
     lost_d = lost_d + lost_n
-    t, lost_t = _quotient(scaled, d)
+    t, lost_t = quotient_near_1(scaled, d)
     t = t + (lost_t + (ldexp(lost_f, k - j) - t * lost_d) / d)
-    inverse, lost_inverse = _quotient(one, d)
+    inverse, lost_inverse = quotient_near_1(one, d)
     inverse = ldexp(inverse + (lost_inverse - inverse * lost_d / d), -j)
     y = ldexp(f, k)
     log, lost_log = sum_of_two(log, lost_log)
@@ -104,74 +107,6 @@ def exp_ratio(h: Array, lost: Array) -> tuple[Array, Array]:
     far = (ldexp(power, n - above) - ldexp(jnp.ones_like(h), -above)) / jnp.where(near, 1, h + lost)
     ratio = jnp.where(near, jnp.exp(half + 0.5 * lost) * series, far)
     return ratio, jnp.where(near, 0, above)
-
-
-@jax.custom_jvp
-def multiply(*factors: Array) -> Array:
-    """The product of the factors, of which only the result over- or underflows.
-
-    (A chain of divisions is no such thing: XLA takes x / y / z for x / (y z).)
-    """
-    return multiply_exactly(factors)
-
-
-def multiply_exactly(factors: Sequence[Array], exponent: ArrayLike = 0) -> Array:
-    """`multiply`, and the result times `2**exponent`; to be differentiated by a rule alone."""
-    infinite = reduce(operator.or_, (jnp.isinf(x) for x in factors))
-    mantissas, exponents = zip(*(frexp(finite(x)) for x in factors), strict=True)
-    product = ldexp(reduce(operator.mul, mantissas), reduce(operator.add, exponents) + exponent)
-    return jnp.where(infinite, reduce(operator.mul, factors), product)
-
-
-def _multiply_rule(factors: Sequence[Array], tangents: Sequence[Any]) -> tuple[Array, Array]:
-    out = multiply(*factors)
-    change = jnp.zeros_like(out)
-    for k, t in enumerate(tangents):
-        if not isinstance(t, SymbolicZero):
-            others = [x for i, x in enumerate(factors) if i != k]
-            change = change + (multiply(*others) if others else 1) * t
-    return out, change
-
-
-multiply.defjvp(_multiply_rule, symbolic_zeros=True)
-
-
-def sum_of_two(x: Array, y: Array) -> tuple[Array, Array]:
-    """`x + y` rounded to one bit less than x has, and what that took from it, for |x| >= |y|.
-
-    Without the bit less, a compiler would take (y + 2) - 2 for y.
-    """
-    info = jnp.finfo(y.dtype)
-    s = lax.reduce_precision(x + y, info.nexp, info.nmant - 1)
-    return s, y - (s - x)
-
-
-def _quotient(x: Array, y: Array) -> tuple[Array, Array]:
-    """`x / y` and what rounding took from it, for numbers near 1."""
-    q = x / y
-    p, lost = product(q, y)
-    return q, ((x - p) - lost) / y
-
-
-def ldexp(x: Array, n: Array) -> Array:
-    """`x 2**n` for any integers n, rounded once."""
-    info = jnp.finfo(x.dtype)
-    integer = jnp.int32 if info.bits == 32 else jnp.int64
-    n = jnp.clip(n, 2 * info.minexp, 2 * info.maxexp - 2).astype(integer)
-
-    def power(n: Array) -> Array:
-        return lax.bitcast_convert_type((n + (info.maxexp - 1)) << info.nmant, x.dtype)
-
-    return x * power(n >> 1) * power(n - (n >> 1))
-
-
-def clamped(x: Array, limit: float) -> Array:
-    """`x` within +-limit; NaN stays NaN, which a minimum may lose."""
-    return jnp.where(jnp.abs(x) > limit, jnp.copysign(jnp.full_like(x, limit), x), x)
-
-
-def finite(x: Array) -> Array:
-    return clamped(x, float(jnp.finfo(x.dtype).max))
 
 
 _FAR = {"float32": 2e3, "float64": 8e3}  # exp of it is out of range even times delta**2

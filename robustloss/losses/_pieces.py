@@ -11,7 +11,7 @@ from math import factorial
 import jax.numpy as jnp
 from jax import Array
 
-from robustloss.losses._elementwise import product, quotient, with_partials
+from robustloss.losses._rule import with_partials
 
 # Pieces.
 
@@ -47,7 +47,7 @@ def flat_in(r: Array, p: Array) -> Array:
     return flat(r) + flat(p)
 
 
-def finite(x: Array, room: float = 1.0) -> Array:
+def capped(x: Array, room: float = 1.0) -> Array:
     """inf as the largest number (over `room`), so that inf - inf and 0 * inf do not arise."""
     return jnp.minimum(x, float(jnp.finfo(x.dtype).max) / room)
 
@@ -56,26 +56,10 @@ def finite(x: Array, room: float = 1.0) -> Array:
 # its sine and cosine. With t the smaller over the larger of |r| and delta, nothing overflows.
 
 
-def ratio(r: Array, delta: Array) -> Array:
+def bounded_ratio(r: Array, delta: Array) -> Array:
     """The smaller over the larger of |r| and delta > 0."""
-    a, delta = jnp.abs(r), finite(delta)
+    a, delta = jnp.abs(r), capped(delta)
     return jnp.minimum(a, delta) / jnp.maximum(a, delta)
-
-
-def careful_ratio(r: Array, delta: Array) -> tuple[Array, Array, Array, Array, Array, Array]:
-    """t = `ratio`, t**2 and 1 + t**2, and what each has lost to rounding, relative to it.
-
-    For formulas that take high powers of them, and so would multiply what was lost.
-    """
-    a, delta = finite(jnp.abs(r)), finite(delta)
-    t, lost_t = quotient(jnp.minimum(a, delta), jnp.maximum(a, delta))
-    t = jnp.where(jnp.isinf(r), 0, t)
-    t2, lost_t2 = product(t, t)
-    lost_t2 = lost_t2 + 2 * t * lost_t
-    q = 1 + t2
-    lost_q = ((1 - q) + t2) + lost_t2
-    tiny = jnp.finfo(t.dtype).tiny / jnp.finfo(t.dtype).eps  # below it t**3 is 0
-    return t, t2, q, lost_t / jnp.maximum(t, tiny), lost_t2 / jnp.maximum(t2, tiny), lost_q / q
 
 
 @with_partials(
@@ -84,7 +68,7 @@ def careful_ratio(r: Array, delta: Array) -> tuple[Array, Array, Array, Array, A
 )
 def sine(r: Array, delta: Array) -> Array:
     """r / sqrt(r**2 + delta**2)."""
-    a, t = jnp.abs(r), ratio(r, delta)
+    a, t = jnp.abs(r), bounded_ratio(r, delta)
     return jnp.sign(r) * jnp.where(a > delta, 1.0, t) / jnp.sqrt(1 + t * t)
 
 
@@ -94,7 +78,7 @@ def sine(r: Array, delta: Array) -> Array:
 )
 def cosine(r: Array, delta: Array) -> Array:
     """delta / sqrt(r**2 + delta**2)."""
-    a, t = jnp.abs(r), ratio(r, delta)
+    a, t = jnp.abs(r), bounded_ratio(r, delta)
     return jnp.where(a > delta, t, 1.0) / jnp.sqrt(1 + t * t)
 
 

@@ -10,17 +10,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from robustloss.losses._elementwise import with_partials
-from robustloss.losses._extended import (
-    clamped,
-    exponential,
-    ldexp,
-    multiply,
-    one_plus_square,
-    sum_of_two,
-    times,
-)
+from robustloss.losses._double import clamped, ldexp, multiply, sum_of_two
+from robustloss.losses._extended import exponential, one_plus_square, times
 from robustloss.losses._pieces import polynomial
+from robustloss.losses._rule import with_partials
 
 HUGE = 2.0**80  # from where degrees of freedom are infinite to every digit
 TERMS = {"float32": 16, "float64": 27}  # of series in |x| < 2

@@ -14,27 +14,18 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from robustloss.losses._elementwise import (
-    between,
-    elementwise,
-    frexp,
-    partials_of,
-    positive,
-    quotient,
-    with_partials,
-)
-from robustloss.losses._extended import (
+from robustloss._arguments import between, positive
+from robustloss.losses._double import (
     clamped,
-    exp_ratio,
-    exponential,
     finite,
+    frexp,
     ldexp,
     multiply,
     multiply_exactly,
-    one_plus_square,
+    quotient,
     sum_of_two,
-    times,
 )
+from robustloss.losses._extended import exp_ratio, exponential, one_plus_square, times
 from robustloss.losses._pieces import flat, polynomial
 from robustloss.losses._powers import (
     HUGE,
@@ -61,6 +52,7 @@ from robustloss.losses._powers import (
     two_minus,
     two_minus_exactly,
 )
+from robustloss.losses._rule import elementwise, partials_of, with_partials
 
 __all__ = ["gaussian_nll", "general", "general_nll", "laplace_nll", "student_t_nll"]
 

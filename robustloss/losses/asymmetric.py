@@ -11,13 +11,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from robustloss.losses._elementwise import (
-    constrained,
-    elementwise,
-    positive,
-    with_partials,
-)
-from robustloss.losses._pieces import beyond, finite, flat, flat_in, overshoot, within
+from robustloss._arguments import constrained, positive
+from robustloss.losses._pieces import beyond, capped, flat, flat_in, overshoot, within
+from robustloss.losses._rule import elementwise, with_partials
 from robustloss.losses.convex import _clipped, _huber
 
 __all__ = ["expectile", "quantile", "quantile_huber"]
@@ -165,13 +161,13 @@ def quantile_huber(
 
 
 @with_partials(
-    lambda r, q, d: 2 * _side(r, q) * _clipped(r, finite(d)),
+    lambda r, q, d: 2 * _side(r, q) * _clipped(r, capped(d)),
     lambda r, q, d: flat_in(r, q) - 2 * jnp.sign(r) * _huber(r, d),
     lambda r, q, d: _quantile_overshoot(r, q, d),
 )
 def _quantile_huber(r: Array, q: Array, delta: Array) -> Array:
     a = jnp.abs(r)
-    half = jnp.minimum(0.5 * a, 0.5 * finite(delta))
+    half = jnp.minimum(0.5 * a, 0.5 * capped(delta))
     return 2 * (2 * _side(r, q) * half * (a - half))
 
 
@@ -181,7 +177,7 @@ def _quantile_huber(r: Array, q: Array, delta: Array) -> Array:
     lambda r, q, d: 2 * (_side(r, q) * (within(r, d) - 1)),
 )
 def _quantile_overshoot(r: Array, q: Array, delta: Array) -> Array:
-    return 2 * (_side(r, q) * overshoot(r, finite(delta)))
+    return 2 * (_side(r, q) * overshoot(r, capped(delta)))
 
 
 # Shared by the family.

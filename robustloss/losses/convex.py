@@ -19,26 +19,20 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from robustloss.losses._elementwise import (
-    between,
-    elementwise,
-    positive,
-    quotient,
-    with_partials,
-)
-from robustloss.losses._extended import multiply
+from robustloss._arguments import between, positive
+from robustloss.losses._double import careful_ratio, multiply, quotient
 from robustloss.losses._pieces import (
     atanh_series,
     beyond,
-    careful_ratio,
+    capped,
     cosine,
-    finite,
     flat,
     overshoot,
     polynomial,
     sine,
     within,
 )
+from robustloss.losses._rule import elementwise, with_partials
 
 __all__ = [
     "absolute_error",
@@ -162,7 +156,7 @@ def huber(
 @with_partials(lambda r, d: _clipped(r, d), lambda r, d: overshoot(r, d))
 def _huber(r: Array, delta: Array) -> Array:
     a = jnp.abs(r)
-    half = jnp.minimum(0.5 * a, 0.5 * finite(delta))
+    half = jnp.minimum(0.5 * a, 0.5 * capped(delta))
     return (half + half) * (a - half)
 
 
@@ -205,7 +199,7 @@ def log_cosh(
 def _log_cosh(r: Array, delta: Array) -> Array:
     # log cosh(c + w) = log cosh c + w + log(1 + k (exp(-2 w) - 1)): the series up to the
     # joint c, plus what lies beyond it, which is exactly 0 before it.
-    a, fourth = jnp.abs(r), 0.25 * finite(delta, 32)
+    a, fourth = jnp.abs(r), 0.25 * capped(delta, 32)
     near = jnp.minimum(a, 4 * _JOINT * fourth)
     w = a - near
     z = 0.0625 * (near / fourth) ** 2
@@ -226,7 +220,7 @@ def _delta_tanh(r: Array, delta: Array) -> Array:
 
 @with_partials(lambda r, d: -_third(r, d), lambda r, d: _unit(r, d) * _third(r, d))
 def _sech2(r: Array, delta: Array) -> Array:
-    delta = finite(delta)
+    delta = capped(delta)
     u, lost = quotient(jnp.minimum(jnp.abs(r), _FLAT * delta), delta)
     # What the roundings of u, amplified 2 u times, and of 1 + e lost is put back; and e would
     # be subnormal before 4 e is, so part of the exponent waits outside.
@@ -243,7 +237,7 @@ def _sech2(r: Array, delta: Array) -> Array:
 )
 def _log_cosh_delta(r: Array, delta: Array) -> Array:
     """delta (2 log cosh u - u tanh u), u = r / delta."""
-    delta = finite(delta)
+    delta = capped(delta)
     u = jnp.abs(r) / delta
     z = u * u
     tanh = jnp.abs(_delta_tanh(r, delta)) / delta
@@ -270,7 +264,7 @@ def _log_cosh_mixed(r: Array, delta: Array) -> Array:
 )
 def _log_cosh_delta2(r: Array, delta: Array) -> Array:
     """2 log cosh u - 2 u tanh u + (u sech u)**2, u = r / delta."""
-    delta = finite(delta)
+    delta = capped(delta)
     u = jnp.abs(_unit(r, delta))
     e = jnp.exp(-2 * u)
     far = 4 * u * e / (1 + e) - 2 * (math.log(2) - jnp.log1p(e)) + u * u * _sech2(r, delta)
@@ -403,7 +397,7 @@ def pseudo_huber(
 
 @with_partials(lambda r, d: _soft_clipped(r, d), lambda r, d: _pseudo_huber_delta(r, d))
 def _pseudo_huber(r: Array, delta: Array) -> Array:
-    a, half = jnp.abs(r), 0.5 * finite(delta, 32)
+    a, half = jnp.abs(r), 0.5 * capped(delta, 32)
     big, small = jnp.maximum(0.5 * a, half), jnp.minimum(0.5 * a, half)
     # small a / (delta / big + sqrt(1 + t**2)), where the root is 1 + t**2 / (1 + root) and its
     # 1 is added last: one rounding instead of three.
@@ -423,7 +417,7 @@ def _soft_clipped(r: Array, delta: Array) -> Array:
     lambda r, d: -(_versine(r, d) * (2 + cosine(r, d))) * _versine(r, d),
 )
 def _pseudo_huber_delta(r: Array, delta: Array) -> Array:
-    delta = finite(delta)
+    delta = capped(delta)
     s, c = sine(r, delta), cosine(r, delta)
     return multiply(delta, s, s, s, s, 1 / (c * (1 + c) ** 2))
 
@@ -482,7 +476,7 @@ def fair(
 @with_partials(lambda r, d: _fair_slope(r, d), lambda r, d: _fair_delta(r, d))
 def _fair(r: Array, delta: Array) -> Array:
     # log(1 + u) = 2 atanh(s), s = u / (2 + u), so that u - log(1 + u) = s (u - 2 s**2 (...)).
-    a, delta = jnp.abs(r), finite(delta)
+    a, delta = jnp.abs(r), capped(delta)
     u = jnp.minimum(a, 2 * delta) / delta
     s, p = u / (2 + u), jnp.minimum(a, 2 * delta) / (2 + u)
     near = p * (a - 2 * p * s * atanh_series(s * s))
@@ -503,7 +497,7 @@ def _fair_slope(r: Array, delta: Array) -> Array:
 )
 def _fair_weight(r: Array, delta: Array) -> Array:
     """1 / (1 + u), u = |r| / delta."""
-    a, delta = jnp.abs(r), finite(delta)
+    a, delta = jnp.abs(r), capped(delta)
     small, big = jnp.minimum(a, delta), jnp.maximum(a, delta)
     return delta / big / (1 + small / big)
 
@@ -524,7 +518,7 @@ def _fair_mixed(r: Array, delta: Array) -> Array:
 @with_partials(lambda r, d: _fair_mixed(r, d), lambda r, d: _fair_delta2(r, d))
 def _fair_delta(r: Array, delta: Array) -> Array:
     """delta (u - 2 log(1 + u) + u / (1 + u))."""
-    a, delta = jnp.abs(r), finite(delta)
+    a, delta = jnp.abs(r), capped(delta)
     u = jnp.minimum(a, 2 * delta) / delta
     s = u / (2 + u)
     near = multiply(delta, s, u * u / (1 + u) - 4 * s * s * atanh_series(s * s))
@@ -539,7 +533,7 @@ def _fair_delta(r: Array, delta: Array) -> Array:
 )
 def _fair_delta2(r: Array, delta: Array) -> Array:
     """3 u / (1 + u) - u / (1 + u)**2 - 2 log(1 + u)."""
-    a, delta = jnp.abs(r), finite(delta)
+    a, delta = jnp.abs(r), capped(delta)
     share = _fair_share(r, delta)
     far = share * (3 - _fair_weight(r, delta)) - 2 * jnp.log1p(a / delta)
     u = jnp.minimum(a, 2 * delta) / delta
@@ -586,4 +580,4 @@ def epsilon_insensitive(
 
 
 def _tube(r: Array, delta: Array) -> Array:
-    return overshoot(r, finite(delta))
+    return overshoot(r, capped(delta))

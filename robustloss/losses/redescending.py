@@ -15,28 +15,21 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from robustloss.losses._elementwise import (
-    constrained,
-    elementwise,
-    partials_of,
-    positive,
-    product,
-    quotient,
-    with_partials,
-)
-from robustloss.losses._extended import multiply, one_plus_square
+from robustloss._arguments import constrained, positive
+from robustloss.losses._double import careful_ratio, multiply, product, quotient
+from robustloss.losses._extended import one_plus_square
 from robustloss.losses._pieces import (
     atanh_series,
-    careful_ratio,
+    bounded_ratio,
+    capped,
     cosine,
     exp_series,
-    finite,
     flat,
     polynomial,
-    ratio,
     sine,
     within,
 )
+from robustloss.losses._rule import elementwise, partials_of, with_partials
 
 __all__ = ["andrews", "cauchy", "geman_mcclure", "hampel", "talwar", "tukey", "welsch"]
 
@@ -75,8 +68,8 @@ def cauchy(
 @with_partials(lambda r, d: _cauchy_slope(r, d), lambda r, d: _cauchy_delta(r, d))
 def _cauchy(r: Array, delta: Array) -> Array:
     # log(1 + z) = 2 atanh(s), s = z / (2 + z), for z = u**2 up to 1.
-    a, delta = jnp.abs(r), finite(delta)
-    t = ratio(r, delta)
+    a, delta = jnp.abs(r), capped(delta)
+    t = bounded_ratio(r, delta)
     z, _ = product(t, t)  # which cannot be fused into 2 + z in one program and not in another
     s = z / (2 + z)
     series = 1 + s * s * atanh_series(s * s)
@@ -87,7 +80,7 @@ def _cauchy(r: Array, delta: Array) -> Array:
 
 @with_partials(lambda r, d: _cauchy_bend(r, d), lambda r, d: _cauchy_mixed(r, d))
 def _cauchy_slope(r: Array, delta: Array) -> Array:
-    a, t = jnp.abs(r), ratio(r, delta)
+    a, t = jnp.abs(r), bounded_ratio(r, delta)
     # Of a sixteenth, because the quotient would be subnormal before its product with delta is.
     far = 0.0625 * (delta * (delta / (0.0625 * jnp.maximum(a, delta))))
     return jnp.sign(r) * (jnp.where(a > delta, far, a) / (1 + t * t))
@@ -98,7 +91,7 @@ def _cauchy_slope(r: Array, delta: Array) -> Array:
     lambda r, d: -2 * (sine(r, d) * cosine(r, d)) ** 2 * (1 - 4 * cosine(r, d) ** 2) / d,
 )
 def _cauchy_bend(r: Array, delta: Array) -> Array:
-    t = ratio(r, delta)
+    t = bounded_ratio(r, delta)
     w = 1 / (1 + t * t)
     return (1 - t) * (1 + t) * (w * w) * jnp.where(jnp.abs(r) > delta, -t * t, 1.0)
 
@@ -110,8 +103,8 @@ def _cauchy_mixed(r: Array, delta: Array) -> Array:
 @with_partials(lambda r, d: _cauchy_mixed(r, d), lambda r, d: _cauchy_delta2(r, d))
 def _cauchy_delta(r: Array, delta: Array) -> Array:
     """delta (log(1 + z) - z / (1 + z)), z = (r / delta)**2."""
-    a, delta = jnp.abs(r), finite(delta)
-    z = ratio(r, delta) ** 2
+    a, delta = jnp.abs(r), capped(delta)
+    z = bounded_ratio(r, delta) ** 2
     s = z / (2 + z)
     near = multiply(delta, s, z / (1 + z) + 2 * s * s * atanh_series(s * s))
     far = 2 * _log(a, delta) + jnp.log1p(z) - 1 / (1 + z)
@@ -124,8 +117,8 @@ def _cauchy_delta(r: Array, delta: Array) -> Array:
 )
 def _cauchy_delta2(r: Array, delta: Array) -> Array:
     """log(1 + z) - t - 2 t**2, t = z / (1 + z)."""
-    a, delta = jnp.abs(r), finite(delta)
-    z = ratio(r, delta) ** 2
+    a, delta = jnp.abs(r), capped(delta)
+    z = bounded_ratio(r, delta) ** 2
     s, t = z / (2 + z), z / (1 + z)
     near = s * (t + 2 * s * s * atanh_series(s * s)) - 2 * t * t
     one = jnp.ones_like(delta)
@@ -140,7 +133,7 @@ def _log(a: Array, delta: Array) -> Array:
     t = delta / a
     # -log(t) errs with t as the rest of the formula does, so that most of it cancels.
     near = -jnp.log(jnp.maximum(t, 2.0**-half))
-    far = jnp.log(finite(a * 2.0**-half / delta)) + half * math.log(2)
+    far = jnp.log(capped(a * 2.0**-half / delta)) + half * math.log(2)
     return jnp.where(t > 2.0**-half, near, jnp.where(jnp.isinf(a), a, far))
 
 
@@ -180,9 +173,9 @@ def geman_mcclure(
     lambda r, d: _geman_mcclure_slope(d, jnp.abs(r)) + flat(r),
 )
 def _geman_mcclure(r: Array, delta: Array) -> Array:
-    delta = finite(delta)
+    delta = capped(delta)
     small = jnp.minimum(jnp.abs(r), delta)
-    return 0.5 * small * (small / (1 + ratio(r, delta) ** 2)) + flat(r)
+    return 0.5 * small * (small / (1 + bounded_ratio(r, delta) ** 2)) + flat(r)
 
 
 @with_partials(
@@ -222,7 +215,7 @@ def _geman_mcclure_bend(r: Array, delta: Array) -> Array:
 )
 def _geman_mcclure_mixed(r: Array, delta: Array) -> Array:
     """4 u**3 / (1 + u**2)**3, and u / (1 + u**2) is the same of 1 / u."""
-    t = ratio(r, delta)
+    t = bounded_ratio(r, delta)
     return _cube(jnp.sign(r) * (t / (1 + t * t)))
 
 
@@ -263,7 +256,7 @@ def welsch(
 
 @with_partials(lambda r, d: _welsch_slope(r, d), lambda r, d: _welsch_delta(r, d))
 def _welsch(r: Array, delta: Array) -> Array:
-    delta = finite(delta, 64)
+    delta = capped(delta, 64)
     a = _at_most(jnp.abs(r), _SPENT * delta)
     z = (a / delta) ** 2
     near = 0.5 * a * (a * (1 + z * exp_series(z)))
@@ -302,7 +295,7 @@ def _welsch_mixed(r: Array, delta: Array) -> Array:
 @with_partials(lambda r, d: _welsch_mixed(r, d), lambda r, d: _welsch_delta2(r, d))
 def _welsch_delta(r: Array, delta: Array) -> Array:
     """delta (1 - (1 + z) exp(-z))."""
-    delta = finite(delta)
+    delta = capped(delta)
     z = _tail(r, delta) ** 2
     far = delta * (1 - (1 + z) * jnp.exp(-z))
     return jnp.where(z > math.log(2), far, multiply(delta, z, z, _welsch_series(z)))
@@ -314,7 +307,7 @@ def _welsch_delta(r: Array, delta: Array) -> Array:
 )
 def _welsch_delta2(r: Array, delta: Array) -> Array:
     """1 - (1 + z + 2 z**2) exp(-z)."""
-    z = _tail(r, finite(delta)) ** 2
+    z = _tail(r, capped(delta)) ** 2
     e = jnp.exp(-z)
     near = z * (z * (_welsch_series(z) - 2 * e))
     return jnp.where(z > math.log(2), 1 - (1 + z + 2 * z * z) * e, near)
@@ -344,7 +337,7 @@ def _welsch_weight(r: Array, delta: Array) -> tuple[Array, Callable[[Array], Arr
     The exponential amplifies what rounding took from z, so that is put back; and it would be
     subnormal before its product is, so it is multiplied in up to three parts.
     """
-    delta = finite(delta, 64)
+    delta = capped(delta, 64)
     u, lost_u = quotient(_at_most(jnp.abs(r), _SPENT * delta), delta)
     z, lost_z = product(u, u)
     part = 64.0 if z.dtype == jnp.float32 else 512.0
@@ -361,7 +354,7 @@ def _welsch_weight(r: Array, delta: Array) -> tuple[Array, Callable[[Array], Arr
 
 def _tail(r: Array, delta: Array) -> Array:
     """r / delta, held finite where exp(-(r / delta)**2) is 0."""
-    delta = finite(delta, 64)
+    delta = capped(delta, 64)
     return jnp.clip(r, -_SPENT * delta, _SPENT * delta) / delta
 
 
@@ -400,7 +393,7 @@ def tukey(
 
 @with_partials(lambda r, d: _tukey_slope(r, d), lambda r, d: _tukey_delta(r, d))
 def _tukey(r: Array, delta: Array) -> Array:
-    delta = finite(delta)
+    delta = capped(delta)
     a = _at_most(jnp.abs(r), delta)
     z = (a / delta) ** 2
     q = _margin(a, delta)
@@ -410,7 +403,7 @@ def _tukey(r: Array, delta: Array) -> Array:
 
 @with_partials(lambda r, d: _tukey_bend(r, d), lambda r, d: _tukey_mixed(r, d))
 def _tukey_slope(r: Array, delta: Array) -> Array:
-    delta = finite(delta)
+    delta = capped(delta)
     inside = _inside(r, delta)
     q = _margin(jnp.abs(r), delta)
     return inside * (q * q)
@@ -421,7 +414,7 @@ def _tukey_slope(r: Array, delta: Array) -> Array:
     lambda r, d: -_share(r, d) * _tukey_third(r, d),
 )
 def _tukey_bend(r: Array, delta: Array) -> Array:
-    delta = finite(delta)
+    delta = capped(delta)
     u = _share(r, delta)
     return _margin(jnp.abs(r), delta) * (1 - 5 * u * u)
 
@@ -432,14 +425,14 @@ def _tukey_bend(r: Array, delta: Array) -> Array:
 )
 def _tukey_mixed(r: Array, delta: Array) -> Array:
     """4 u**3 (1 - u**2), u = r / delta."""
-    delta = finite(delta)
+    delta = capped(delta)
     return _cube(_share(r, delta)) * _margin(jnp.abs(r), delta)
 
 
 @with_partials(lambda r, d: _tukey_mixed(r, d), lambda r, d: _tukey_delta2(r, d))
 def _tukey_delta(r: Array, delta: Array) -> Array:
     """delta u**4 (1 - 2 / 3 u**2), and delta / 3 beyond delta."""
-    delta = finite(delta)
+    delta = capped(delta)
     u = _share(r, delta)
     inside = multiply(delta, u, u, u, u, 1 - 2 * u * u / 3)
     return jnp.where(jnp.abs(r) > delta, delta / 3, inside)
@@ -451,7 +444,7 @@ def _tukey_delta(r: Array, delta: Array) -> Array:
 )
 def _tukey_delta2(r: Array, delta: Array) -> Array:
     """u**4 (10 / 3 u**2 - 3), and 1 / 3 beyond delta."""
-    delta = finite(delta)
+    delta = capped(delta)
     z = _share(r, delta) ** 2
     return jnp.where(jnp.abs(r) > delta, 1 / 3, z * (z * (10 * z / 3 - 3)))
 
@@ -512,7 +505,7 @@ def andrews(
 
 @with_partials(lambda r, d: _andrews_slope(r, d), lambda r, d: _andrews_delta(r, d))
 def _andrews(r: Array, delta: Array) -> Array:
-    delta = finite(delta, 4)
+    delta = capped(delta, 4)
     a = _at_most(jnp.abs(r), math.pi * delta)
     u = a / delta
     near = 0.5 * a * (a * polynomial(u * u, _VALUE))
@@ -521,7 +514,7 @@ def _andrews(r: Array, delta: Array) -> Array:
 
 @with_partials(lambda r, d: _andrews_bend(r, d), lambda r, d: _andrews_mixed(r, d))
 def _andrews_slope(r: Array, delta: Array) -> Array:
-    delta = finite(delta, 4)
+    delta = capped(delta, 4)
     return _arc(_before(r, math.pi * delta), delta)
 
 
@@ -530,7 +523,7 @@ def _andrews_slope(r: Array, delta: Array) -> Array:
     lambda r, d: _wave(r, d) * jnp.sin(_wave(r, d)) / d,
 )
 def _andrews_bend(r: Array, delta: Array) -> Array:
-    delta = finite(delta, 4)
+    delta = capped(delta, 4)
     return jnp.where(jnp.abs(r) >= math.pi * delta, 0.0, jnp.cos(_wave(r, delta)))
 
 
@@ -551,7 +544,7 @@ def _andrews_delta(r: Array, delta: Array) -> Array:
     """delta (2 (1 - cos u) - u sin u), and 4 delta from pi delta on."""
     u = _wave(r, delta)
     held = jnp.where(jnp.abs(u) > 1, 1.0, u)
-    beyond, delta = jnp.abs(r) >= math.pi * finite(delta, 4), finite(delta)
+    beyond, delta = jnp.abs(r) >= math.pi * capped(delta, 4), capped(delta)
     near = multiply(delta, held, held, held, held, polynomial(held * held, _BY_DELTA))
     far = delta * jnp.where(beyond, 4.0, 2 * (1 - jnp.cos(u)) - u * jnp.sin(u))
     return jnp.where(beyond | (jnp.abs(u) > 1), far, near)
@@ -569,7 +562,7 @@ def _andrews_delta2(r: Array, delta: Array) -> Array:
     near = z * (z * polynomial(z, _BY_DELTA2))
     far = 2 * (1 - jnp.cos(u)) - 2 * u * jnp.sin(u) + u * u * jnp.cos(u)
     bend = jnp.where(jnp.abs(u) > 1, far, near)
-    return jnp.where(jnp.abs(r) >= math.pi * finite(delta, 4), 4.0, bend)
+    return jnp.where(jnp.abs(r) >= math.pi * capped(delta, 4), 4.0, bend)
 
 
 def _arc(r: Array, delta: Array) -> Array:
@@ -582,7 +575,7 @@ def _arc(r: Array, delta: Array) -> Array:
 
 def _wave(r: Array, delta: Array) -> Array:
     """r / delta up to pi and 0 from there on."""
-    delta = finite(delta, 4)
+    delta = capped(delta, 4)
     return _before(r, math.pi * delta) / delta
 
 
@@ -644,7 +637,7 @@ def hampel(
 
 def _hampel_held(r: Array, a: Array, b: Array, c: Array) -> Array:
     broken = flat(a + b + c)
-    a, b, c = finite(a, 4) + broken, finite(b, 2) + broken, finite(c) + broken
+    a, b, c = capped(a, 4) + broken, capped(b, 2) + broken, capped(c) + broken
     return _hampel(r, a, b, c)
 
 
@@ -728,7 +721,7 @@ def talwar(
 
 @with_partials(
     lambda r, d: _inside(r, d) * within(r, d),
-    lambda r, d: finite(d) * (1 - within(r, d)),
+    lambda r, d: capped(d) * (1 - within(r, d)),
 )
 def _talwar(r: Array, delta: Array) -> Array:
     a = _at_most(jnp.abs(r), delta)

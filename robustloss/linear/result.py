@@ -13,7 +13,8 @@ from jax import Array
 from jax.scipy.special import ndtr
 from jax.typing import ArrayLike
 
-from robustloss.losses._elementwise import real_array
+from robustloss._arguments import real_array
+from robustloss._numerics import normal
 
 
 @partial(
@@ -134,7 +135,8 @@ class LinearFit:
         with np.errstate(all="ignore"):
             z = values / errors
         p = 2 * np.asarray(ndtr(-np.abs(z)))
-        low, high = values - 1.959963985 * errors, values + 1.959963985 * errors
+        half = normal.TWO_SIDED_95 * errors
+        low, high = values - half, values + half
         head = ["", "coef", "std err", "z", "P>|z|", "[0.025", "0.975]"]
         rows = [
             [name, *(f"{x:.4f}" for x in row[:2]), f"{row[2]:.3f}", f"{row[3]:.3f}",

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from robustloss._sums import joint_sums
+from robustloss._numerics.sums import joint_sums
 
 _MANY = 2**14  # entries, of which a sample shows where to begin
 _SAMPLE = 512

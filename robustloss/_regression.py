@@ -16,13 +16,16 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.scipy.linalg import cho_solve
 
-from robustloss._sums import joint_sums
-from robustloss.linear._columns import axes, factorised, largest, mean_size, middles_and_spreads
-from robustloss.losses._elementwise import frexp
-from robustloss.losses._extended import ldexp
+from robustloss._numerics.columns import axes, factorised, largest, mean_size, middles_and_spreads
+from robustloss._numerics.sums import joint_sums
+from robustloss.losses._double import frexp, ldexp
 
 _SAMPLE = 1024  # rows, enough to center and to scale a column by
 _BLOCK = 16384  # rows, few enough for a cache
+
+
+LossAtScale = Callable[[Array], Callable[..., Array]]
+"""The loss at a scale."""
 
 
 class Problem(NamedTuple):
@@ -67,6 +70,17 @@ class Problem(NamedTuple):
     def typical_size(self, b: Array) -> Array:
         """Of the terms that a typical prediction is the sum of."""
         return self.spread @ (jnp.abs(self.slopes) @ jnp.abs(b)) + jnp.abs(self.constants @ b)
+
+
+class Estimate(NamedTuple):
+    """Where a solver ended."""
+
+    b: Array
+    scale: Array
+    residuals: Array
+    """q b - y, as a loss takes them"""
+    converged: Array
+    steps: Array
 
 
 def problem(
@@ -204,6 +218,11 @@ def part(of: Problem, which: slice | Array) -> Problem:
         inside = which < len(of.y)
         keep = inside if keep is None else keep & inside
     return of._replace(X=of.X[which], y=of.y[which], w=these(of.w), keep=keep, q=these(of.q))
+
+
+def dependent_columns(of: Problem) -> Array:
+    """Which columns of q are 0, since they depend on the others."""
+    return jnp.sum(jnp.abs(of.slopes), axis=0) + jnp.abs(of.constants) == 0
 
 
 def predictions(of: Problem, b: Array) -> Array:

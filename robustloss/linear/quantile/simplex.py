@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from robustloss.linear._columns import mean_size
+from robustloss._numerics.columns import mean_size
 
 
 class Others(NamedTuple):
@@ -28,6 +28,8 @@ class Others(NamedTuple):
 
 
 class Basis(NamedTuple):
+    """A vertex, and what its edges say."""
+
     rows: Array
     b: Array
     optimal: Array
@@ -176,4 +178,5 @@ def _choose(a: Array, e: Array, kept: Array) -> Array:
 
 
 def quantile_loss(e: Array, level: Array) -> Array:
+    """Of `e = y - q b`: level times what is above the fit, 1 - level times what is below."""
     return jnp.maximum(level * e, (level - 1) * e)

@@ -11,9 +11,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from robustloss._order_statistics import smallest
-from robustloss.linear._frisch_newton import frisch_newton
-from robustloss.linear._problem import (
+from robustloss._numerics.order_statistics import smallest
+from robustloss._regression import (
     Problem,
     both_predictions,
     lengths,
@@ -23,8 +22,9 @@ from robustloss.linear._problem import (
     spaced,
     sums,
 )
-from robustloss.linear._simplex import Basis, Others, simplex
 from robustloss.linear.irls import least_squares, subsample
+from robustloss.linear.quantile.frisch_newton import frisch_newton
+from robustloss.linear.quantile.simplex import Basis, Others, simplex
 
 _ROWS = 2**15  # take part at least
 _ROUNDS = 12

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from robustloss._order_statistics import near_median
-from robustloss.scale import _MAD
+from robustloss._numerics import normal
+from robustloss._numerics.order_statistics import near_median
 
 _FAR_OUT = 300.0  # of a row of which a typical one has the length 1
 
@@ -28,7 +28,7 @@ def middles_and_spreads(x: Array, keep: Array | None, intercept: bool) -> tuple[
         return jnp.abs(x - found[:, None]), found
 
     _, (middles, deviations) = lax.scan(middle, x.T, jnp.asarray([intercept, True]))
-    return middles, _MAD * deviations
+    return middles, normal.MAD * deviations
 
 
 def largest(X: Array, center: Array, keep: Array | None, spread: Array) -> Array:

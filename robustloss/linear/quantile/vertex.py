@@ -14,11 +14,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from robustloss.linear._frisch_newton import frisch_newton
-from robustloss.linear._problem import Problem, predictions, rows
-from robustloss.linear._rounds import in_rounds
-from robustloss.linear._simplex import Others, quantile_loss, simplex
+from robustloss._regression import Problem, predictions, rows
 from robustloss.linear.irls import MANY, least_squares
+from robustloss.linear.quantile.frisch_newton import frisch_newton
+from robustloss.linear.quantile.preprocessing import in_rounds
+from robustloss.linear.quantile.simplex import Others, quantile_loss, simplex
 
 
 class Vertex(NamedTuple):

@@ -11,8 +11,15 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from robustloss.losses._elementwise import at_least_float32, real_array, residual
-from robustloss.reduce import axes_of, mask, ratios, relative
+from robustloss._arguments import (
+    at_least_float32,
+    axes_of,
+    mask,
+    ratios,
+    real_array,
+    relative,
+    residual,
+)
 
 Axis = int | Sequence[int] | None
 

@@ -16,9 +16,17 @@ from jax.scipy.linalg import cho_factor, cho_solve
 from jax.scipy.special import ndtri
 from jax.typing import ArrayLike
 
-from robustloss._sums import joint_sums
-from robustloss.linear._problem import Problem, gram, raw_basis, sums
-from robustloss.linear.irls import Estimate, LossAtScale, dependent_columns
+from robustloss._numerics import normal
+from robustloss._numerics.sums import joint_sums
+from robustloss._regression import (
+    Estimate,
+    LossAtScale,
+    Problem,
+    dependent_columns,
+    gram,
+    raw_basis,
+    sums,
+)
 from robustloss.scale import iqr
 from robustloss.views import curvature, influence
 
@@ -61,13 +69,15 @@ def huber_h1(of: Problem, loss: LossAtScale, found: Estimate) -> Covariance:
         of_rows = joint_sums(*(each * x for x in (psi * psi, bend, bend * bend)))
         return gram(q, each), curvatures, *of_rows
 
-    normal, curvatures, square, bend, bend2 = (unit * x for x in sums(of, moments, found.residuals))
+    squares, curvatures, square, bend, bend2 = (
+        unit * x for x in sums(of, moments, found.residuals)
+    )
     mean = bend / n
     variance = (bend2 - n * mean**2) / (n - 1)
     kappa = 1 + of.rank * variance / (n * mean**2)
     left = n - of.rank
     square = square / jnp.where(left > 0, left, jnp.nan)
-    covariance = square * _inverse(normal, definite=True)
+    covariance = square * _inverse(squares, definite=True)
     covariance = _in_units(of, covariance, largest * jnp.abs(kappa / mean))
     return covariance._replace(definite=_definite(of, curvatures))
 
@@ -142,7 +152,7 @@ def powell(of: Problem, level: Array, residuals: Array) -> Covariance:
     """
     unit, n = counts(of)
     x = ndtri(level)
-    z = 1.959963984540054  # the normal's 97.5 % quantile
+    z = normal.TWO_SIDED_95
     h = n ** (-1 / 3) * z ** (2 / 3) * (1.5 * _normal_density(x) ** 2 / (2 * x * x + 1)) ** (1 / 3)
     room = jnp.minimum(level, 1 - level)
     halvings = jnp.maximum(jnp.floor(jnp.log2(h / room)) + 1, 0)
@@ -150,7 +160,7 @@ def powell(of: Problem, level: Array, residuals: Array) -> Covariance:
     each = unit * of.each()
     mean = jnp.sum(each * residuals) / n
     deviation = jnp.sqrt(jnp.sum(each * (residuals - mean) ** 2) / (n - 1))
-    quartiles = iqr(residuals, where=of.keep, weights=of.w) / 0.741301109252801
+    quartiles = iqr(residuals, where=of.keep, weights=of.w) / normal.IQR
     spread = jnp.minimum(deviation, quartiles / 1.34)
     below, above = ndtri(level + h * jnp.asarray([-1, 1], h.dtype))
     width = (above - below) * spread
@@ -160,9 +170,9 @@ def powell(of: Problem, level: Array, residuals: Array) -> Covariance:
         each = unit * each
         return gram(q, each), gram(q, each * _normal_density(r / wide))
 
-    normal, density = sums(of, moments, residuals)
+    squares, density = sums(of, moments, residuals)
     inverse = _inverse(density, definite=True)
-    covariance = level * (1 - level) * inverse @ normal @ inverse
+    covariance = level * (1 - level) * inverse @ squares @ inverse
     return _in_units(of, covariance, jnp.where(width > 0, width, jnp.nan))
 
 

@@ -15,8 +15,8 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from robustloss import scale as scales
-from robustloss.linear._problem import Problem
-from robustloss.losses._elementwise import check_loss, constrained, with_leaves
+from robustloss._arguments import check_loss, constrained, with_leaves
+from robustloss._regression import Problem
 from robustloss.losses.asymmetric import quantile
 from robustloss.losses.convex import absolute_error
 from robustloss.losses.redescending import tukey
@@ -157,6 +157,7 @@ def level(loss: Loss) -> Array:
 
 
 def one_number(name: str, x: Array) -> Array:
+    """Refuses an array of several numbers."""
     if x.shape != ():
         raise ValueError(f"{name} must be one number, got shape {x.shape}")
     return x

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from robustloss.linear._problem import gram, solve
-from robustloss.linear._simplex import Others, quantile_loss
+from robustloss._regression import gram, solve
+from robustloss.linear.quantile.simplex import Others, quantile_loss
 
 
 class _Interior(NamedTuple):

@@ -1,0 +1,327 @@
+"""Linear regression that outliers do not spoil: to the last digit, with standard errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.tree_util import Partial
+from jax.typing import ArrayLike
+
+from robustloss import inference
+from robustloss._arguments import (
+    at_least_float32,
+    mask,
+    positive,
+    ratios,
+    real_array,
+    relative,
+    with_leaves,
+)
+from robustloss._regression import (
+    Estimate,
+    LossAtScale,
+    Problem,
+    coefficients,
+    from_coefficients,
+    problem,
+)
+from robustloss.linear.high_breakdown import s_estimate
+from robustloss.linear.irls import EstimateScale, least_squares, m_estimate, met_exactly, subsample
+from robustloss.linear.quantile.vertex import quantile_fit
+from robustloss.linear.result import LinearFit
+from robustloss.linear.settings import (
+    checked_key,
+    checked_loss,
+    checked_method,
+    convex,
+    level,
+    one_number,
+    residual_scale,
+    s_loss,
+    scale_of,
+    takes,
+    tuned,
+)
+from robustloss.losses.convex import huber
+from robustloss.views import weight
+
+__all__ = ["LinearFit", "fit_linear"]
+
+Loss = Callable[..., Array]
+Scale = Callable[..., Array]
+
+# A power of eps, times the size of y: below it the rounding of the residuals is more than a
+# thousandth of the scale in float64 and more than a hundredth in float32, and rows that are this
+# close to the fit count as met exactly.
+_SCALE_FLOOR = 0.75
+
+
+def fit_linear(
+    X: ArrayLike,
+    y: ArrayLike,
+    loss: Loss = huber,
+    *,
+    tuning: ArrayLike | None = None,
+    scale: str | Scale | ArrayLike | None = None,
+    method: str | None = None,
+    start: ArrayLike | None = None,
+    intercept: bool = True,
+    where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    key: Array | None = None,
+) -> LinearFit:
+    """Fits `y = X @ coefficients + intercept` so that outliers do not spoil it.
+
+    Minimises the total loss of the residuals, each divided by a robust scale: the loss's
+    `delta` is `tuning * scale`.
+
+    | method | for | what it does |
+    |---|---|---|
+    | `"irls"` | losses with a slope that is smooth at 0 | Newton's steps and reweighted least \
+squares until the equations of the coefficients and of the scale hold together |
+    | `"interior_point"` | `absolute_error`, `quantile` | the exact optimum, met in as many \
+rows as there are coefficients |
+    | `"mm"` | losses whose influence returns to zero | the S-estimate, which just under half of \
+the rows cannot carry off, then the M-estimate next to it, at its scale |
+
+    By default a loss gets the safe one of these that is made for it. Outliers in y alone are no
+    match for any loss with a bounded influence; rows of X far from the others draw every convex
+    loss to them, and only `"mm"` withstands. What decides there is where the fit starts:
+    redescending losses have many minima, and the lowest need not be the robust one.
+
+    Runs compiled, under jit and vmap, in float32 and float64; another tuning, scale, mask or
+    parameter of the loss does not compile again. Columns of X may be in any units. Where columns
+    depend on others, the fit is still defined, `unique` is False and the covariance NaN.
+
+    Args:
+        X: real numbers of the shape (rows, columns), without a column of ones.
+        y: of the shape (rows,), or (rows, targets): one fit each, of which the targets are the
+            last axis of every field.
+        loss: an elementwise function of the residual; other parameters than `delta` with
+            `functools.partial`. If it has no free `delta`, it is taken as it is.
+        tuning: `delta` in units of the scale; None takes 95 % efficiency at the normal.
+        scale: what is estimated along with the coefficients, of residuals about 0: a name in
+            `robustloss.scale` ("proposal2" with k = 1.345 and degrees of freedom as in R), a
+            function such as those, or a number that is the scale. None takes the method's own:
+            "mad", or for "mm" the scale of its S-estimate, which no other can replace.
+        method: one of the table, or None.
+        start: the coefficients to start from, the intercept first if there is one; None takes
+            least squares. Only for "irls".
+        intercept: whether the fit has one.
+        where: booleans of the shape (rows,); False drops a row, which may then hold anything.
+        weights: numbers >= 0 of the shape (rows,), on the losses; only their ratios count.
+        key: a `jax.random.key` for the subsets of "mm"; None takes always the same.
+
+    Returns:
+        A `LinearFit`. `converged` says that the equations of the coefficients and of the scale
+        hold to rounding at what is returned. It is False, and every number NaN, where the data
+        hold a NaN or an infinity that is not dropped, where no row has a weight, or where a
+        traced weight is negative.
+
+    Raises:
+        ValueError: shapes that do not fit, fewer rows than coefficients, a method that is not
+            made for the loss, or anything out of its range.
+        TypeError: what is not real numbers, or no function.
+
+    Source: Huber (1981), Robust Statistics; Portnoy and Koenker (1997), Statistical Science 12,
+    279-300; Yohai (1987), Annals of Statistics 15, 642-656.
+
+    >>> x = jnp.arange(8.0)
+    >>> y = (2 * x + 1).at[3].set(99.0)
+    >>> found = fit_linear(x[:, None], y)
+    >>> print(f"{found.coefficients[0]:.2f} x + {found.intercept:.2f}, {found.converged}")
+    2.00 x + 1.00, True
+    >>> found.flagged().nonzero()[0]
+    Array([3], dtype=int32)
+    """
+    X, y = _data(X, y)
+    checked_loss(loss)
+    n, k = X.shape[0], X.shape[1] + bool(intercept)
+    if not 0 < k <= n:
+        raise ValueError(f"{k} coefficients need at least one and as many rows, got {n}")
+    keep = None if where is None else mask(where, (n,))
+    w = None if weights is None else _shares(weights, n, where).astype(y.dtype)
+    method = checked_method(loss, method)
+    b = None if start is None else real_array("start", start).astype(y.dtype)
+    if b is not None and (b.shape != (k,) or method != "irls"):
+        raise ValueError(
+            f'start is for method="irls" and must have the shape ({k},), '
+            f"got method={method!r} and the shape {b.shape}"
+        )
+    free = takes(loss, "delta")
+    if tuning is not None and not free:
+        raise ValueError("tuning sets delta, but this loss has no free delta")
+    if tuning is None:
+        tuning = tuned(loss) if free else 1.0
+    if method == "mm" and scale is not None:
+        raise ValueError(f'method="mm" estimates its own scale, got scale={scale!r}')
+    estimated, number = residual_scale("mad" if scale is None else scale, w is not None)
+    return _fit_linear(
+        method, free, bool(intercept), method == "irls" and convex(loss), with_leaves(loss),
+        s_loss(loss) if method == "mm" else None,
+        estimated,
+        X, y, one_number("tuning", positive("tuning", tuning)).astype(y.dtype),
+        one_number("scale", positive("scale", number)).astype(y.dtype),
+        (level(loss) if method == "interior_point" else jnp.asarray(0.5)).astype(y.dtype),
+        b, keep, w, checked_key(key),
+    )  # fmt: skip
+
+
+@partial(jax.jit, static_argnums=range(4))
+def _fit_linear(
+    method: str, free: bool, intercept: bool, convex: bool, loss: Partial, chi: Partial | None,
+    scale_function: Partial | None, X: Array, y: Array, tuning: Array, given: Array, level: Array,
+    start: Array | None, keep: Array | None, w: Array | None, key: Array,
+) -> LinearFit:  # fmt: skip
+    def loss_at_scale(s: Array) -> Loss:
+        return partial(loss, delta=tuning * s) if free else loss
+
+    def one(y: Array) -> LinearFit:
+        of = problem(X, y, keep, w, intercept, in_units=free)
+        # What rounding leaves of a scale that is 0.
+        floor = jnp.finfo(y.dtype).eps ** _SCALE_FLOOR * of.size
+        floor = jnp.where(floor > 0, floor, jnp.finfo(y.dtype).tiny ** 0.5)
+
+        def estimate_scale(of: Problem, r: Array, s: Array, far: Array) -> Array:
+            if scale_function is None:
+                return given / of.unit
+            found = scale_of(scale_function, r, of, s, far)
+            return jnp.where(found >= 0, jnp.maximum(found, floor), jnp.nan)
+
+        if method == "interior_point":
+            vertex = quantile_fit(of, level)
+            s = estimate_scale(of, vertex.residuals, of.size, of.size)
+            found = Estimate(vertex.b, s, vertex.residuals, vertex.converged, vertex.steps)
+            covariance, unique = inference.powell(of, level, vertex.residuals), vertex.unique
+        elif chi is not None:
+            found, covariance = _mm(of, loss_at_scale, chi, floor, key)
+            unique = jnp.asarray(covariance.definite)
+        else:
+            b = None if start is None else from_coefficients(of, start)
+            joint = free and scale_function is not None
+            found = _m(of, loss_at_scale, estimate_scale, b, convex, joint)
+            covariance = inference.huber_h1(of, loss_at_scale, found)
+            unique = jnp.asarray(covariance.definite)
+        # Where the scale is given, none was found to be 0.
+        exact = (found.scale <= floor) & (chi is not None or scale_function is not None)
+        if method != "interior_point" and free:
+            found = lax.cond(exact, partial(met_exactly, of), lambda found: found, found)
+        scaled = free or method == "mm"
+        return _result(of, loss_at_scale, found, exact, floor, covariance, unique, scaled)
+
+    # The settings by which users find slips in their own code are not for what is meant here.
+    allowed = jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard")
+    with jax.default_matmul_precision("highest"), allowed[0], allowed[1]:
+        if y.ndim == 1:
+            return one(y)
+        return replace(jax.vmap(one, 1, -1)(y), several=True)
+
+
+def _m(
+    of: Problem,
+    loss: LossAtScale,
+    estimate_scale: EstimateScale,
+    start: Array | None,
+    convex: bool,
+    joint: bool,
+) -> Estimate:
+    """The M-estimate, from least squares unless told."""
+    estimate = partial(m_estimate, convex=convex, joint=joint)
+    if start is not None:
+        return estimate(of, loss, estimate_scale, start)
+    # One minimum is found from anywhere, several only from where one starts.
+    sample = subsample(of) if convex else None
+    if sample is None:
+        return estimate(of, loss, estimate_scale, least_squares(of, clipped=convex))
+    near = estimate(sample, loss, estimate_scale, least_squares(sample, clipped=True))
+    return estimate(of, loss, estimate_scale, near.b, near.scale)
+
+
+def _mm(
+    of: Problem, loss: LossAtScale, chi: Partial, floor: Array, key: Array
+) -> tuple[Estimate, inference.Covariance]:
+    """The M-estimate at the scale of the S-estimate, which it starts from."""
+    _, n = inference.counts(of)
+    share = jnp.maximum(0.5 * (1 - of.rank / n), 0.5 / n)
+    initial = s_estimate(of, chi, share, floor, key)
+    s = initial.scale
+    found = m_estimate(of, loss, lambda of, r, s, far: s, initial.b, s)
+    # A scale of 0 leaves nothing to improve.
+    exact = s <= floor
+    found = jax.tree.map(lambda x, y: jnp.where(exact, y, x), found, initial)
+    found = found._replace(
+        converged=found.converged & initial.converged, steps=found.steps + initial.steps
+    )
+    return found, inference.after_s(of, loss, chi, 0.5, found, initial)
+
+
+def _result(
+    of: Problem,
+    loss: LossAtScale,
+    found: Estimate,
+    exact: Array,
+    floor: Array,
+    covariance: inference.Covariance,
+    unique: Array,
+    scaled: bool,
+) -> LinearFit:
+    """In the user's units; NaN where nothing could be fitted, by a NaN in the data too."""
+    kept = jnp.ones(of.y.shape, bool) if of.keep is None else of.keep
+    sound = jnp.all(jnp.isfinite(found.residuals) | ~kept) & jnp.isfinite(found.scale)
+    sound &= jnp.any(of.each() > 0)
+    sound &= jnp.all(jnp.isfinite(of.each()) & (of.each() >= 0))
+    sound &= jnp.all(jnp.isfinite(found.b))
+    nan = jnp.where(sound, 0, jnp.nan).astype(of.y.dtype)
+
+    # What rounding left of 0 is nobody's outlier.
+    met = jnp.abs(found.residuals) <= jnp.where(exact, floor, 0)
+    residuals = jnp.where(met, 0, found.residuals)
+    weights = weight(loss(found.scale), residuals)
+    residuals = jnp.where(kept, -of.unit * residuals + nan, jnp.nan)
+    # A scale of 0 is no measure of the errors, unless there are none.
+    perfect = jnp.all(met | ~kept)
+    lost = jnp.where(exact & scaled & ~perfect, jnp.nan, 0)
+    matrix, errors = (
+        jnp.where(exact & perfect, 0 * x, x) + nan + lost
+        for x in (covariance.matrix, covariance.standard_errors)
+    )
+    told = of.told
+    matrix = jnp.where(told[:, None] & told, matrix, jnp.nan)
+    raw = coefficients(of, found.b) + nan
+    return LinearFit(
+        raw[1:] if of.intercept else raw,
+        raw[0] if of.intercept else jnp.zeros_like(raw, shape=()),
+        jnp.where(exact, 0, of.unit * found.scale) + nan,
+        jnp.where(kept, weights + nan, 0),
+        residuals,
+        matrix,
+        found.converged & sound,
+        found.steps,
+        unique & jnp.all(told),
+        errors,
+    )
+
+
+def _shares(weights: ArrayLike, n: int, where: ArrayLike | None) -> Array:
+    """Weights of which the largest is near 1, since only their ratios count; NaN where invalid."""
+    w, _ = ratios(weights, (n,), where, (0,))
+    return relative(w, (0,))[0]
+
+
+def _data(X: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:
+    """X and y in one floating type, of shapes that fit."""
+    X, y = real_array("X", X), real_array("y", y)
+    if X.ndim != 2 or y.ndim not in (1, 2) or len(X) != len(y):
+        raise ValueError(
+            "X must have the shape (rows, columns) and y (rows,) or (rows, targets), "
+            f"got {X.shape} and {y.shape}"
+        )
+    dtype = jnp.result_type(X, y)
+    dtype = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.result_type(float)
+    dtype = at_least_float32(dtype)
+    return X.astype(dtype), y.astype(dtype)
