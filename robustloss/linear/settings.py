@@ -115,7 +115,7 @@ def redescends(loss: Loss) -> bool | None:
     return bool(max(sizes[0], sizes[-1]) < 0.01 * np.nanmax(sizes))
 
 
-def convex(loss: Loss) -> bool:
+def is_convex(loss: Loss) -> bool:
     """Whether the influence is known never to fall, so that a fit has one minimum."""
     pulls = _influences(loss)
     if pulls is None:
@@ -222,13 +222,17 @@ def residual_scale(
     return with_leaves(scale), 1.0
 
 
-def scale_of(scale: Partial, r: Array, of: Problem, s: Array, far: Array) -> Array:
+def scale_of(scale: Partial, r: Array, problem: Problem, s: Array, distance: Array) -> Array:
     """Of residuals about 0, with what else is known that the function takes.
 
     Most likely it is within `far` of s.
     """
-    known: dict[str, Any] = {"center": 0.0, "where": of.keep, "weights": of.w, "ddof": of.rank}
-    known["guess"] = s, far
+    known: dict[str, Any] = {
+        "center": 0.0,
+        "where": problem.where,
+        "weights": problem.weights,
+        "ddof": problem.rank,
+    }
     found = scale(r, **{name: x for name, x in known.items() if takes(scale.func, name)})
     if jnp.shape(found) != ():
         raise ValueError(
