@@ -339,7 +339,7 @@ def _crossing(values: np.ndarray, target: float) -> int | None:
 def _maximum(
     f: Callable[[np.ndarray], np.ndarray], x: np.ndarray, rounds: int
 ) -> tuple[float, float]:
-    """The argument and the value of f's maximum, by finer and finer grids; NaN is the least value."""
+    """The argument and the value of f's maximum, by grids ever finer; NaN is the least value."""
     for _ in range(rounds):
         i = int(np.argmax(np.nan_to_num(f(x), nan=-np.inf)))
         x = np.linspace(x[max(i - 1, 0)], x[min(i + 1, x.size - 1)], 17)
