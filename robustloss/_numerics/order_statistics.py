@@ -108,58 +108,21 @@ def _order_statistics(
     this much.
     """
     kept = True if w is None else w > 0
-    magnitude_bits = jnp.iinfo(as_integers(x).dtype).max
     total = total_weight(x, w)
     mean_weight = total / x.size if is_weighted(w) else 1
     if bracket is None and x.size >= _SAMPLED_LENGTH:
         bracket = _sampled_bracket(x, w, low / total)
 
-    def to_key(value: Array) -> Array:
-        """An integer of the same order."""
-        bits = as_integers(value)
-        return jnp.where(bits < 0, bits ^ magnitude_bits, bits)
-
-    def from_key(key: Array) -> Array:
-        bits = jnp.where(key < 0, key ^ magnitude_bits, key)
-        return lax.bitcast_convert_type(bits, x.dtype)
-
-    def narrow(state: Any) -> Any:
-        first, last, weight_first, weight_last, passes = state
-        entries = ((weight_last - weight_first) / mean_weight).astype(x.dtype)
-        position = ((low - weight_first) / mean_weight).astype(x.dtype)
-        margins = jnp.stack([-jnp.sqrt(entries), jnp.sqrt(entries)])
-        guesses = first + (last - first) * ((position + margins) / entries)
-        if bracket is not None:
-            guesses = jnp.where(passes == 0, bracket, guesses)
-        a, b = to_key(first), to_key(last)
-        middle = from_key((a & b) + ((a ^ b) >> 1))  # the mean of a and b, which cannot overflow
-        outside = ~((guesses > first) & (guesses < last))
-        halve = jnp.stack([passes % 3 == 2, False]) | outside
-        guesses = jnp.where(halve, middle, guesses)
-        lower, upper = jnp.min(guesses), jnp.max(guesses)
-        weight_lower, weight_upper = weight_sums(w, x <= lower, x <= upper)
-
-        def select(below: Array, between: Array, above: Array) -> Array:
-            """One of three, by the third of the interval that holds the entry."""
-            between = jnp.where(weight_upper >= low, between, above)
-            return jnp.where(weight_lower >= low, below, between)
-
-        return (
-            select(first, lower, upper),
-            select(lower, upper, last),
-            select(weight_first, weight_lower, weight_upper),
-            select(weight_lower, weight_upper, weight_last),
-            passes + 1,
-        )
+    def unsettled(state: Any) -> Array:
+        _, _, weight_first, weight_last, passes = state
+        few = jnp.maximum(slack, _FEW_ENTRIES * mean_weight)
+        return (weight_last - weight_first > few) & (passes < _MAX_PASSES)
 
     def take_next(state: Any) -> Any:
         """Narrows the interval and takes the least entry in it."""
         first, last, _, weight_last, _ = lax.while_loop(
-            lambda state: (
-                (state[3] - state[2] > jnp.maximum(slack, _FEW_ENTRIES * mean_weight))
-                & (state[4] < _MAX_PASSES)
-            ),
-            narrow,
+            unsettled,
+            lambda state: _narrowed(state, x, w, low, mean_weight, bracket),
             (*state[:4], jnp.int32(0)),
         )
         entry = jnp.min(jnp.where(~(x <= first) & kept, x, jnp.inf))
@@ -171,13 +134,58 @@ def _order_statistics(
     # The interval starts below the lowest entry by more than a subnormal number, which may count
     # as 0.
     start = lowest - jnp.maximum(jnp.abs(lowest), float(jnp.finfo(x.dtype).tiny))
-    start = jnp.where(lowest > -jnp.inf, start, from_key(to_key(lowest) - 1))
+    start = jnp.where(lowest > -jnp.inf, start, _from_key(_to_key(lowest) - 1, x.dtype))
     highest = jnp.max(x, where=kept, initial=-jnp.inf)
     initial = start, highest, jnp.zeros_like(total), total, jnp.asarray(True)
     found, *_ = lax.while_loop(lambda state: state[-1], take_next, initial)
     next_larger = jnp.min(jnp.where((x > found) & kept, x, jnp.inf))
     successor = jnp.where(weight_sum(w, x <= found) >= high, found, next_larger)
     return found, successor
+
+
+def _narrowed(
+    state: Any, x: Array, w: Array | None, low: Any, mean_weight: Any, bracket: Array | None
+) -> Any:
+    """One pass of `_order_statistics`: the third of the interval that holds the entry."""
+    first, last, weight_first, weight_last, passes = state
+    entries = ((weight_last - weight_first) / mean_weight).astype(x.dtype)
+    position = ((low - weight_first) / mean_weight).astype(x.dtype)
+    margins = jnp.stack([-jnp.sqrt(entries), jnp.sqrt(entries)])
+    guesses = first + (last - first) * ((position + margins) / entries)
+    if bracket is not None:
+        guesses = jnp.where(passes == 0, bracket, guesses)
+    a, b = _to_key(first), _to_key(last)
+    middle = _from_key((a & b) + ((a ^ b) >> 1), x.dtype)  # the mean, which cannot overflow
+    outside = ~((guesses > first) & (guesses < last))
+    halve = jnp.stack([passes % 3 == 2, False]) | outside
+    guesses = jnp.where(halve, middle, guesses)
+    lower, upper = jnp.min(guesses), jnp.max(guesses)
+    weight_lower, weight_upper = weight_sums(w, x <= lower, x <= upper)
+
+    def select(below: Array, between: Array, above: Array) -> Array:
+        """One of three, by the third of the interval that holds the entry."""
+        between = jnp.where(weight_upper >= low, between, above)
+        return jnp.where(weight_lower >= low, below, between)
+
+    return (
+        select(first, lower, upper),
+        select(lower, upper, last),
+        select(weight_first, weight_lower, weight_upper),
+        select(weight_lower, weight_upper, weight_last),
+        passes + 1,
+    )
+
+
+def _to_key(value: Array) -> Array:
+    """Integers of the same order as the floating numbers, negative ones included."""
+    bits = as_integers(value)
+    return jnp.where(bits < 0, bits ^ jnp.iinfo(bits.dtype).max, bits)
+
+
+def _from_key(key: Array, dtype: Any) -> Array:
+    """The inverse of `_to_key`."""
+    bits = jnp.where(key < 0, key ^ jnp.iinfo(key.dtype).max, key)
+    return lax.bitcast_convert_type(bits, dtype)
 
 
 def _sampled_bracket(x: Array, w: Array | None, share: Array) -> Array:
