@@ -57,7 +57,7 @@ class Optimizer(Protocol):
 
 
 class Fit(NamedTuple):
-    """What `fit` found. A pytree: under vmap each field has the batch axis in front."""
+    """The result of `fit`, a pytree. Under vmap each field has the batch axis in front."""
 
     params: Params
     """The parameters after the last step, as the pytree that was given."""
@@ -443,7 +443,7 @@ class _Criteria(NamedTuple):
 
 
 class _QuadraticModel(NamedTuple):
-    """What conjugate gradients find out about `v H v / 2 - b v`. All are scalars."""
+    """The result of `_conjugate_gradients` for `v H v / 2 - b v`. All fields are scalars."""
 
     decrease: Array
     """A lower bound of how far its minimum is below 0; infinite if it has no minimum."""

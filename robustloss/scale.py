@@ -79,10 +79,10 @@ def mad(
     A weighted median is the middle between the lowest and the highest m that have at most half
     of the weight on either side, so a weight of 3 is the same as three equal entries.
 
-    What `where` drops may hold anything, NaN and infinity included. A weight of 0 is not a
-    mask: a NaN under it still shows. Infinite entries are outliers like others; where they are
-    too many, the scale is infinite. The gradient is that of the entries that the medians select,
-    and 0 where the scale is 0.
+    A dropped entry may hold anything, NaN and infinity included. A weight of 0 is not a mask: a
+    NaN with the weight 0 makes the scale NaN. Infinite entries are outliers like others; where
+    they are too many, the scale is infinite. The gradient is that of the entries that the medians
+    select, and 0 where the scale is 0.
 
     Args:
         x: real numbers of any shape.
@@ -312,13 +312,13 @@ def _proposal2_root(
         # The iteration of Huber and of MASS always converges, but may be slow.
         mean = psi_sum / size
         huber = m + s * mean, s * jnp.sqrt(jnp.maximum(squares - psi_sum * mean, 0) / target)
-        # Newton's step is at the solution once the entries clipped there are known.
+        # Newton's step reaches the solution once the entries clipped at it are known.
         newton = _proposal2_newton(estimate_center, r, w, k, target, m, s)
         psi_sum, squares, clipped_after = equations(*newton)
         error = jnp.hypot(psi_sum / k, (squares - target) / (k * k))
         solved = jnp.all(clipped == clipped_after)
-        # At a larger scale than the solution's fewer entries are clipped than there, and Newton's
-        # steps decrease the scale towards the solution.
+        # At a scale above the solution's, fewer entries are clipped than at the solution, and
+        # Newton's steps decrease the scale towards it.
         decreasing = (squares <= target) & (newton[1] < s)
         accept = solved | (error <= least_error / 2) | decreasing
         new = [jnp.where(accept, a, b) for a, b in zip(newton, huber, strict=True)]
@@ -351,7 +351,7 @@ def _proposal2_newton(
     mean = jnp.sum(w * z) / divisor if estimate_center else jnp.zeros_like(s)
     shift = k * (w_high - w_low) / divisor if estimate_center else jnp.zeros_like(s)
     squares = jnp.sum(jnp.where(low | high, 0, w * (z - mean) ** 2))
-    # What the clipped entries and the shift leave of the target.
+    # The part of the target that the entries not clipped have to make up.
     remainder = target - k * k * (w_low + w_high) - w_inner * shift * shift
     exists = (remainder > 0) & (squares > 0)
     ratio = jnp.where(exists, squares, 1) / jnp.where(exists, remainder, 1)

@@ -442,8 +442,9 @@ def _integral_s(L: Array, a: Array, b: Array, h: Array, shift: Array) -> Array:
     """S / (L**3 exp(shift)), for b = 2 |1 - a| and h = a L."""
     by_parts = jnp.exp(h - shift) * moment(2, L, L) - a * moment(2, h, shift)
     by_parts = jnp.where(a > 1, -1.0, 1.0) * by_parts / b
-    # Near alpha = 2 the two terms cancel. There a series in L takes their place, or for a large L
-    # the sum of the integrals of the three terms of s. So it does elsewhere for a large h.
+    # Near alpha = 2 the two terms by parts cancel. There S is a series in L, or for a large L the
+    # sum of the integrals of the three terms of s = x - 1 + exp(-x). For a <= 1 and a large h it is
+    # this sum at every alpha.
     near_two, c = b < 1, jnp.where(b < 1, a, 1)
     series, term, p, q = jnp.zeros_like(L), jnp.full_like(L, 1 / 6), (c - 1) ** 2, c
     for n in range(3, 20 if L.dtype == jnp.float32 else 32):
@@ -1100,7 +1101,7 @@ def _quadrature(alpha: Array, digits: float, steps: int) -> tuple[Array, Array]:
     """
     alpha, info = lax.stop_gradient(alpha), jnp.finfo(alpha.dtype)
     b = jnp.maximum(2 - alpha, float(info.eps))
-    # The largest power of 2 that is at most sqrt(b) takes its place as the factor of sinh.
+    # The factor of sinh is not sqrt(b), but the largest power of 2 up to it.
     root = ldexp(jnp.ones_like(b), (frexp(b)[1] - 1) >> 1)
     energy, a = -digits * math.log(info.eps), jnp.maximum(alpha, float(info.tiny) ** 0.5)
     end = jnp.log1p(a * (energy / b)) / a + jnp.log(2 * jnp.sqrt(b) / root)
