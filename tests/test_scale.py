@@ -19,7 +19,7 @@ from scipy import special, stats
 import robustloss as rl
 from robustloss import scale
 from robustloss._numerics.order_statistics import near_median
-from robustloss.scale import iqr, location_scale, m_scale, mad, mad_near, proposal2, qn, sn, tau
+from robustloss.scale import iqr, location_scale, m_scale, mad, proposal2, qn, sn, tau
 
 NAN, INF = float("nan"), float("inf")
 ALL = {name: getattr(scale, name) for name in scale.__all__ if "ocation" not in name}
@@ -313,7 +313,9 @@ def test_the_mad_is_found_wherever_it_is_thought_to_be(x64, n):
         ordered = [np.sort(np.repeat(abs(x), k)) for x, k in zip(rows, each, strict=True)]
         middles = [0.5 * x[(len(x) - 1) // 2] + 0.5 * x[len(x) // 2] for x in ordered]
         want = scale._MAD * np.array(middles)
-        of_rows = jax.jit(jax.vmap(lambda r, s, far, known: mad_near(r, guess=(s, far), **known)))
+        of_rows = jax.jit(
+            jax.vmap(lambda r, s, far, known: scale._mad_from_guess(r, guess=(s, far), **known))
+        )
         for a, b in product(near, far):
             with np.errstate(invalid="ignore"):
                 got = of_rows(np.where(each > 0, rows, 0), a * want, b * want, known)

@@ -216,7 +216,7 @@ def residual_scale(
             raise ValueError(f"scale must be a number, a function or one of {known}, got {scale!r}")
         scale = partial(scales.proposal2, k=1.345) if scale == "proposal2" else vars(scales)[scale]
     if scale is scales.mad:
-        scale = scales.mad_near
+        scale = scales._mad_from_guess
     if weighted and not takes(scale, "weights"):
         raise ValueError(f"weights were given, but the scale {_base(scale).__name__} takes none")
     return with_leaves(scale), 1.0
