@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import robustloss as rl
+from experiments import require
 
 COLUMNS = 10
 SHORT, LONG = 0.5, 3.0  # seconds
@@ -110,7 +111,7 @@ def timed(case: Case, repeats: int) -> Timing:
             for name, peer in case.peers.items():
                 if not peers[name] or np.median(peers[name]) < LONG:
                     peers[name].append(peer(X, y))
-        assert bool(jnp.all(found.converged)), case.name
+        require(bool(jnp.all(found.converged)), case.name)
     error = case.error(X, y, found) if case.error else None
     return Timing(first, ours, peers, error, bool(jnp.all(found.converged)))
 

@@ -30,7 +30,15 @@ from rich.console import Console
 from rich.table import Table
 
 import robustloss as rl
-from experiments import Keep, Progress, UsageError, _results, compute
+from experiments import (
+    Cache,
+    Progress,
+    UsageError,
+    _results,
+    compute_arrays,
+    ignore_progress,
+    require,
+)
 from experiments._derivatives import Off
 from experiments._derivatives import worst as _worst_derivative
 from experiments._losses import EXAMPLES, example, with_delta
@@ -102,7 +110,7 @@ class Result(NamedTuple):
 
 
 def run(
-    config: Config, progress: Progress = lambda done, what: None, keep: Keep = compute
+    config: Config, progress: Progress = ignore_progress, cache: Cache = compute_arrays
 ) -> Result:
     """Measures every loss."""
     if not 0 < config.delta < np.inf:
@@ -128,7 +136,7 @@ def run(
             single[case] = dict.fromkeys(VIEWS, Worst())
             for first in range(0, chunks, AT_ONCE):
                 progress((i + first / chunks) / len(cases), case)
-                found = keep(f"{case}-{first}", partial(block, first))
+                found = cache(f"{case}-{first}", partial(block, first))
                 single[case] = {
                     view: _merge(worst, Worst(float(u), float(at), int(wrong)))
                     for (view, worst), (u, at, wrong) in zip(
@@ -145,7 +153,7 @@ def run(
     derivatives = {}
     for name in DERIVED:
         progress(1.0, f"{name}, derivatives")
-        found = keep(f"{name}-derivatives-{config.points}", partial(_derivatives, name, config))
+        found = cache(f"{name}-derivatives-{config.points}", partial(_derivatives, name, config))
         derivatives[name] = Off(
             float(found["ulp"]),
             tuple(map(int, found["of"])),
@@ -166,16 +174,16 @@ def check(result: Result) -> None:
     for name, limits in LIMITS.items():
         for view, limit in zip(VIEWS, limits, strict=True):
             worst = result.single[name][view]
-            assert worst.ulp <= limit, f"{name}, {view}: {worst}"
-            assert not worst.wrong, f"{name}, {view}: {worst}"
+            require(worst.ulp <= limit, f"{name}, {view}: {worst}")
+            require(not worst.wrong, f"{name}, {view}: {worst}")
             for dtype, losses in result.half.items():
                 worst = losses[name][view]
-                assert worst.ulp <= HALF_LIMIT, f"{name}, {dtype}: {worst}"
-                assert not worst.wrong, f"{name}, {dtype}: {worst}"
+                require(worst.ulp <= HALF_LIMIT, f"{name}, {dtype}: {worst}")
+                require(not worst.wrong, f"{name}, {dtype}: {worst}")
     for name, off in result.derivatives.items():
-        assert off.ulp <= DERIVATIVES_LIMIT, f"{name}, derivatives: {off}"
+        require(off.ulp <= DERIVATIVES_LIMIT, f"{name}, derivatives: {off}")
     measured = {name for name in rl.LOSSES if example(name)(0.0) == 0}  # not the likelihoods
-    assert set(LIMITS) == measured, "a loss without limits in experiments/accuracy.py"
+    require(set(LIMITS) == measured, "a loss without limits in experiments/accuracy.py")
 
 
 def show(result: Result, console: Console) -> None:

@@ -23,7 +23,16 @@ from rich.console import Console
 from rich.table import Table
 
 import robustloss as rl
-from experiments import Keep, Progress, UsageError, _plotting, _results, compute
+from experiments import (
+    Cache,
+    Progress,
+    UsageError,
+    _plotting,
+    _results,
+    compute_arrays,
+    ignore_progress,
+    require,
+)
 from experiments import network as networks
 from experiments._descent import descent
 from experiments._devices import over_devices
@@ -77,7 +86,7 @@ class Result(NamedTuple):
 
 
 def run(
-    config: Config, progress: Progress = lambda done, what: None, keep: Keep = compute
+    config: Config, progress: Progress = ignore_progress, cache: Cache = compute_arrays
 ) -> Result:
     """Fits the lines, then trains the networks."""
     for option, least in (("sets", 10), ("features", 1), ("steps", 100)):
@@ -93,7 +102,7 @@ def run(
     with jax.enable_x64(True):
         progress(0.0, "linear fits")
         both = over_devices(partial(_both, config, laws))
-        found = keep("fits", lambda: dict(zip(("b", "alpha"), both((seeds, which)), strict=True)))
+        found = cache("fits", lambda: dict(zip(("b", "alpha"), both((seeds, which)), strict=True)))
     square = np.sum(found["b"] ** 2, axis=-1).reshape(len(laws), config.sets, -1)
     variance = square.mean(1)
 
@@ -105,7 +114,7 @@ def run(
         if name == LEARNED:
             learned = {"alpha": jnp.zeros(()), "scale": jnp.log(networks.SPREAD)}
         train = partial(networks.trained, train_settings, split, loss, (config.share,))
-        trained = keep(f"network-{name}", partial(train, learned=learned))
+        trained = cache(f"network-{name}", partial(train, learned=learned))
         network[name] = float(np.mean(trained["errors"][..., -1, 0]))
     alpha, _ = _alpha_and_scale(trained)
     return Result(
@@ -119,14 +128,14 @@ def check(result: Result) -> None:
     learned = result.efficiency[:, -1]
     best = result.efficiency[:, :-1].max(axis=1)
     for law, got, want in zip(result.laws, learned, best, strict=True):
-        assert got > 0.75 * want, f"on {law} noise: {got:.2f} of MSE's, the best has {want:.2f}"
+        require(got > 0.75 * want, f"on {law} noise: {got:.2f} of MSE's, the best has {want:.2f}")
     typical = dict(zip(result.laws, np.median(result.alphas, axis=1), strict=True))
-    assert typical["normal"] > 1.5, f"alpha on normal noise is {typical['normal']:.2f}"
+    require(typical["normal"] > 1.5, f"alpha on normal noise is {typical['normal']:.2f}")
     others = [alpha for law, alpha in typical.items() if law != "normal"]
-    assert max(others) < 1.2, f"alpha on noise with heavy tails is up to {max(others):.2f}"
+    require(max(others) < 1.2, f"alpha on noise with heavy tails is up to {max(others):.2f}")
     network = result.network
-    assert network[LEARNED] < network["squared_error"] / 2, "the network is as bad as MSE's"
-    assert network[LEARNED] < 1.1 * network["huber"], "the network is worse than Huber's"
+    require(network[LEARNED] < network["squared_error"] / 2, "the network is as bad as MSE's")
+    require(network[LEARNED] < 1.1 * network["huber"], "the network is worse than Huber's")
 
 
 def findings(result: Result) -> list[str]:
@@ -164,7 +173,7 @@ def files(config: Config, result: Result) -> dict[str, bytes]:
     """What goes into the output folder."""
     written = {"result.json": _results.record(config, **result._asdict())}
     if config.plots:
-        written["adaptive.png"] = _results.picture(plot(result))
+        written["adaptive.png"] = _results.render(plot(result))
     return written
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from experiments import Progress, UsageError, _results
+from experiments import Progress, UsageError, _results, ignore_progress, require
 
 APART = ("all", "accuracy", "speed")
 
@@ -50,7 +50,7 @@ class Result(NamedTuple):
     folders: dict[str, Path]
 
 
-def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
+def run(config: Config, progress: Progress = ignore_progress) -> Result:
     """Runs what is not there yet."""
     from experiments.__main__ import experiments, perform  # noqa: PLC0415  (it runs this file)
 
@@ -82,7 +82,7 @@ def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
 
 def check(result: Result) -> None:
     """Every finding holds."""
-    assert not result.failed, "; ".join(f"{name}: {why}" for name, why in result.failed.items())
+    require(not result.failed, "; ".join(f"{name}: {why}" for name, why in result.failed.items()))
 
 
 def findings(result: Result) -> list[str]:
@@ -133,9 +133,9 @@ def _settings(config: Config, name: str, module: ModuleType) -> Any:
 
 
 def _earlier(config: Any) -> dict[str, Any] | None:
-    """What is told of an earlier run of these settings, if there is one."""
+    """The record of an earlier run with these settings, if there is one."""
     try:
-        told = json.loads((config.out / _results.MARK).read_text())
+        told = json.loads((config.out / _results.RECORD).read_text())
     except (OSError, ValueError):
         return None
     wanted = json.loads(_results.record(config))

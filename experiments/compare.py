@@ -31,7 +31,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 import robustloss as rl
-from experiments import Progress, UsageError, _plotting, _results
+from experiments import Progress, UsageError, _plotting, _results, ignore_progress, require
 from experiments._losses import comparable, title, tuned, with_delta
 from experiments.data import Data, load, read_csv
 from robustloss.losses import redescending
@@ -96,7 +96,7 @@ class Result(NamedTuple):
     mm: rl.LinearFit | None  # with exact fits
 
 
-def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
+def run(config: Config, progress: Progress = ignore_progress) -> Result:
     """Fits every loss of the config to its data."""
     if not config.losses:
         raise UsageError(f"--losses needs at least one of {', '.join(rl.LOSSES)}.")
@@ -186,7 +186,7 @@ def _run(config: Config, data: Data, names: tuple[str, ...], progress: Progress)
 def check(result: Result) -> None:
     """All have converged, and no convex loss is smaller at another's fit than at its own."""
     for name, converged, kinked in zip(result.losses, result.converged, result.kinked, strict=True):
-        assert kinked or converged, f"{name} did not converge; raise --steps"
+        require(kinked or converged, f"{name} did not converge; raise --steps")
     for i, name in enumerate(result.losses):
         if name in redescending.__all__:
             continue  # it may well have a lower minimum that follows the outliers
@@ -196,7 +196,7 @@ def check(result: Result) -> None:
             constant = float(rl.mean(loss, result.data.y - np.median(result.data.y)))
         slack, exact = (1e-3, 1e-5) if result.kinked[i] else (1e-9, 1e-12)
         limit = best * (1 + slack) + constant * exact  # the latter where the fit is perfect
-        assert result.objectives[i] <= limit, f"{name} is smaller at another fit; raise --steps"
+        require(result.objectives[i] <= limit, f"{name} is smaller at another fit; raise --steps")
 
 
 def findings(result: Result) -> list[str]:
@@ -348,7 +348,7 @@ def files(config: Config, result: Result) -> dict[str, bytes]:
         findings=findings(result),
     )
     if config.plots:
-        written |= {f"{name}.png": _results.picture(f) for name, f in plot(result).items()}
+        written |= {f"{name}.png": _results.render(f) for name, f in plot(result).items()}
     return written
 
 

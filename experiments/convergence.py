@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from experiments import Progress, UsageError, _plotting, _results
+from experiments import Progress, UsageError, _plotting, _results, ignore_progress, require
 from experiments._descent import descent
 from experiments._linear_fits import exactly
 from experiments._losses import has_delta, title, tuned, with_delta
@@ -70,7 +70,7 @@ class Result(NamedTuple):
     rest: dict[str, float]  # the distance of MAE at the end of a large step, by remedy
 
 
-def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
+def run(config: Config, progress: Progress = ignore_progress) -> Result:
     """Descends every way."""
     if config.rows < 5 * (config.features + 1) or config.features < 1:
         raise UsageError(
@@ -135,14 +135,18 @@ def _run(config: Config, progress: Progress) -> Result:
 def check(result: Result) -> None:
     """MAE's chatter is proportional to its step; a schedule ends it; smooth losses have none."""
     slope = np.polyfit(np.log(result.sizes), np.log(result.chatter), 1)[0]
-    assert 0.9 < slope < 1.1, f"MAE's chatter grows with the step to the power {slope:.2f}"
-    assert result.smooth.max() < 1e-9, "Huber's loss chatters"
+    require(0.9 < slope < 1.1, f"MAE's chatter grows with the step to the power {slope:.2f}")
+    require(result.smooth.max() < 1e-9, "Huber's loss chatters")
     calm = result.rest["cosine schedule"]
-    assert calm < 0.2 * result.rest["constant step"], "a schedule does not end the chatter"
+    require(calm < 0.2 * result.rest["constant step"], "a schedule does not end the chatter")
     for name in ("squared_error", "huber", "log_cosh"):
-        assert steps_to(result, name, "lbfgs", "line search", 1e-6) < 100, f"{name}: lbfgs is slow"
-        assert steps_to(result, name, "sgd", "constant", 1e-6) < np.inf, f"{name} is not near"
-    assert steps_to(result, "absolute_error", "sgd", "constant", 1e-3) == np.inf, "MAE came to rest"
+        require(
+            steps_to(result, name, "lbfgs", "line search", 1e-6) < 100, f"{name}: lbfgs is slow"
+        )
+        require(steps_to(result, name, "sgd", "constant", 1e-6) < np.inf, f"{name} is not near")
+    require(
+        steps_to(result, "absolute_error", "sgd", "constant", 1e-3) == np.inf, "MAE came to rest"
+    )
 
 
 def steps_to(result: Result, name: str, rule: str, schedule: str, near: float) -> float:
@@ -197,12 +201,12 @@ def files(config: Config, result: Result) -> dict[str, bytes]:
         "result.json": _results.record(
             config, steps=table, sizes=result.sizes, chatter=result.chatter, rest=result.rest
         ),
-        "convergence.npz": _results.arrays(
+        "convergence.npz": _results.pack_arrays(
             **{"-".join(key).replace(" ", "_"): path for key, path in result.paths.items()}
         ),
     }
     if config.plots:
-        written["convergence.png"] = _results.picture(plot(result))
+        written["convergence.png"] = _results.render(plot(result))
     return written
 
 

@@ -25,7 +25,16 @@ from rich.console import Console
 from rich.table import Table
 
 import robustloss as rl
-from experiments import Keep, Progress, UsageError, _plotting, _results, compute
+from experiments import (
+    Cache,
+    Progress,
+    UsageError,
+    _plotting,
+    _results,
+    compute_arrays,
+    ignore_progress,
+    require,
+)
 from experiments._devices import over_devices
 from experiments._linear_fits import compared, fit_each
 from experiments._losses import has_delta, title, tuned, with_delta
@@ -106,7 +115,7 @@ class Result(NamedTuple):
 
 
 def run(
-    config: Config, progress: Progress = lambda done, what: None, keep: Keep = compute
+    config: Config, progress: Progress = ignore_progress, cache: Cache = compute_arrays
 ) -> Result:
     """Fits every data set by every loss."""
     config = replace(config, losses=compared(config.losses))
@@ -119,10 +128,10 @@ def run(
             f"{config.features + 1}."
         )
     with jax.enable_x64(True):
-        return _run(config, progress, keep)
+        return _run(config, progress, cache)
 
 
-def _run(config: Config, progress: Progress, keep: Keep) -> Result:
+def _run(config: Config, progress: Progress, cache: Cache) -> Result:
     laws = tuple(LAWS)
     which = np.repeat(np.arange(len(laws)), config.sets)
     seeds = np.tile(np.arange(config.sets), len(laws))
@@ -146,7 +155,7 @@ def _run(config: Config, progress: Progress, keep: Keep) -> Result:
                 zip(("params", "converged"), fits((seeds[index], which[index])), strict=True)
             )
 
-        found = keep(f"fits-{first}", chunk)
+        found = cache(f"fits-{first}", chunk)
         params.append(found["params"])
         converged.append(found["converged"])
     b = np.concatenate(params)[: len(seeds)]
@@ -194,23 +203,24 @@ def check(result: Result) -> None:
     MAE on Laplace noise comes near its theory as rows**-0.5 only, not as 1 / rows: the density
     has a kink just where its slope jumps.
     """
-    assert result.unconverged < 0.01, f"{result.unconverged:.1%} of the fits did not converge"
+    require(result.unconverged < 0.01, f"{result.unconverged:.1%} of the fits did not converge")
     off = np.abs(result.measured - result.theory) / np.maximum(result.errors, 1e-12)
     slow = result.laws.index("Laplace"), result.losses.index("absolute_error")
     short = 1 - result.measured[slow] / result.theory[slow]
     noise = 4 * result.errors[slow] / result.theory[slow]
     limit = result.parameters / np.sqrt(result.rows)
-    assert -noise < short < limit + noise, f"MAE on Laplace noise falls short by {short:.0%}"
+    require(-noise < short < limit + noise, f"MAE on Laplace noise falls short by {short:.0%}")
     off[slow] = 0
     off[:, 0] = 0  # MSE beside itself
     law, loss = np.unravel_index(np.argmax(off), off.shape)
-    assert off.max() < 4, (
+    require(
+        off.max() < 4,
         f"{title(result.losses[loss])} at {result.laws[law]} noise is {off.max():.1f} "
-        "standard errors from the theory"
+        "standard errors from the theory",
     )
     normal = dict(zip(result.losses, result.theory[0], strict=True))
-    assert abs(normal["absolute_error"] - 2 / np.pi) < 1e-6, "MAE's theory is not 2 / pi"
-    assert abs(normal["huber"] - 0.95) < 1e-6, "Huber's theory is not 0.95"
+    require(abs(normal["absolute_error"] - 2 / np.pi) < 1e-6, "MAE's theory is not 2 / pi")
+    require(abs(normal["huber"] - 0.95) < 1e-6, "Huber's theory is not 0.95")
 
 
 def findings(result: Result) -> list[str]:
@@ -254,7 +264,7 @@ def files(config: Config, result: Result) -> dict[str, bytes]:
     """What goes into the output folder."""
     written = {"result.json": _results.record(config, **result._asdict())}
     if config.plots:
-        written["efficiency.png"] = _results.picture(plot(result))
+        written["efficiency.png"] = _results.render(plot(result))
     return written
 
 

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 import robustloss as rl
-from experiments import Progress, UsageError, _plotting, _results
+from experiments import Progress, UsageError, _plotting, _results, ignore_progress, require
 
 POINTS = {"0": 0.0, "-0": -0.0, "NaN": np.nan, "inf": np.inf, "-inf": -np.inf}
 OURS = "rl.absolute_error"
@@ -65,7 +65,7 @@ class Result(NamedTuple):
     smooth: dict[str, tuple[float, float]]  # largest error against |r|, curvature at 0
 
 
-def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
+def run(config: Config, progress: Progress = ignore_progress) -> Result:
     """Measures all of it."""
     if config.steps < 1:
         raise UsageError(f"--steps must be >= 1, got {config.steps}.")
@@ -83,16 +83,16 @@ def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
 def check(result: Result) -> None:
     """Ours rests at 0 and shows a NaN; a slope of 1 at 0 keeps an exact fit from resting."""
     ours = result.slopes[OURS]
-    assert all(slope == 0 for slope in (*ours["0"], *ours["-0"])), "ours is not 0 at 0"
-    assert np.isnan(ours["NaN"]).all(), "ours hides a NaN"
-    assert ours["inf"] == (1, 1), "ours is not 1 at infinity"
-    assert ours["-inf"] == (-1, -1), "ours is not -1 at -infinity"
+    require(all(slope == 0 for slope in (*ours["0"], *ours["-0"])), "ours is not 0 at 0")
+    require(np.isnan(ours["NaN"]).all(), "ours hides a NaN")
+    require(ours["inf"] == (1, 1), "ours is not 1 at infinity")
+    require(ours["-inf"] == (-1, -1), "ours is not -1 at -infinity")
     for what, _, theirs, mine, truth in result.losses:
-        assert _relative(mine, truth) <= min(1e-2, _relative(theirs, truth)), f"{what}: {mine}"
-    assert result.descent["kink = 0"].max() == 0, "kink 0 leaves an exact fit"
-    assert result.descent["kink = 1"][1::2].min() > 0, "kink 1 rests at an exact fit"
+        require(_relative(mine, truth) <= min(1e-2, _relative(theirs, truth)), f"{what}: {mine}")
+    require(result.descent["kink = 0"].max() == 0, "kink 0 leaves an exact fit")
+    require(result.descent["kink = 1"][1::2].min() > 0, "kink 1 rests at an exact fit")
     for name, (error, bend) in result.smooth.items():
-        assert abs(error * bend - PRICES[name]) < 1e-5, f"{name}: {error * bend}"
+        require(abs(error * bend - PRICES[name]) < 1e-5, f"{name}: {error * bend}")
 
 
 def show(result: Result, console: Console) -> None:
@@ -140,7 +140,7 @@ def files(config: Config, result: Result) -> dict[str, bytes]:
         )
     }
     if config.plots:
-        written["kink.png"] = _results.picture(plot(result))
+        written["kink.png"] = _results.render(plot(result))
     return written
 
 

@@ -25,7 +25,16 @@ from rich.console import Console
 from rich.table import Table
 
 import robustloss as rl
-from experiments import Keep, Progress, UsageError, _plotting, _results, compute
+from experiments import (
+    Cache,
+    Progress,
+    UsageError,
+    _plotting,
+    _results,
+    compute_arrays,
+    ignore_progress,
+    require,
+)
 from experiments._descent import descent
 from experiments._devices import over_devices
 from experiments._losses import example, has_delta, title, tuned, with_delta
@@ -89,7 +98,7 @@ class Result(NamedTuple):
 
 
 def run(
-    config: Config, progress: Progress = lambda done, what: None, keep: Keep = compute
+    config: Config, progress: Progress = ignore_progress, cache: Cache = compute_arrays
 ) -> Result:
     """Draws every surface, and descends it from everywhere."""
     for option, least in (("rows", 10), ("sets", 1), ("starts", 2), ("steps", 100)):
@@ -113,7 +122,7 @@ def run(
         for i, name in enumerate(losses):
             for j, model in enumerate(MODELS):
                 progress((i + j / 2) / len(losses), f"{title(name)}, {model}")
-                of = keep(f"{name}-{model}", partial(_one, config, name, model))
+                of = cache(f"{name}-{model}", partial(_one, config, name, model))
                 values = (np.asarray(of[key]) for key in Found._fields)
                 found[name, model] = Found(*(v if v.ndim else v.item() for v in values))
     return Result(losses, config.outliers, found)
@@ -125,17 +134,17 @@ def check(result: Result) -> None:
     for name in result.losses:
         line, neuron = (result.found[name, model] for model in MODELS)
         if name in redescending.__all__:
-            assert not line.convex, f"{title(name)} is convex"
+            require(not line.convex, f"{title(name)} is convex")
             continue
         if name not in convex.__all__:
             continue
-        assert line.convex, f"{title(name)} of a line is not convex"
-        assert line.share == 1, f"{title(name)} of a line has ends apart ({line.share:.0%})"
-        assert not neuron.convex, f"{title(name)} of a neuron is convex"
+        require(line.convex, f"{title(name)} of a line is not convex")
+        require(line.share == 1, f"{title(name)} of a line has ends apart ({line.share:.0%})")
+        require(not neuron.convex, f"{title(name)} of a neuron is convex")
         many.append(neuron.share)
-    assert min(many) < 0.95, "from every start a neuron ended in the best minimum"
+    require(min(many) < 0.95, "from every start a neuron ended in the best minimum")
     mse, mae = (result.found[name, "line"].error for name in ("squared_error", "absolute_error"))
-    assert mae < mse / 3, "MAE's minimum is not much nearer the truth than MSE's"
+    require(mae < mse / 3, "MAE's minimum is not much nearer the truth than MSE's")
 
 
 def findings(result: Result) -> list[str]:
@@ -181,9 +190,9 @@ def files(config: Config, result: Result) -> dict[str, bytes]:
     }
     written = {"result.json": _results.record(config, found=described)}
     if config.plots:
-        written["landscape.png"] = _results.picture(plot(result))
+        written["landscape.png"] = _results.render(plot(result))
         if result.losses != SHOWN:
-            written["landscape-all.png"] = _results.picture(plot(result, result.losses))
+            written["landscape-all.png"] = _results.render(plot(result, result.losses))
     return written
 
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import robustloss as rl
-from experiments import Progress, UsageError, _plotting, _results
+from experiments import Progress, UsageError, _plotting, _results, ignore_progress, require
 from experiments._losses import EXAMPLES, has_delta, title, tuned, with_delta
 from robustloss import losses as families
 
@@ -81,7 +81,7 @@ class Result(NamedTuple):
     losses: dict[str, Loss]
 
 
-def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
+def run(config: Config, progress: Progress = ignore_progress) -> Result:
     """Evaluates every loss of the library."""
     if config.points < 2:
         raise UsageError(f"--points must be at least 2, got {config.points}.")
@@ -112,22 +112,22 @@ def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
 
 def check(result: Result) -> None:
     """Each family obeys its law, and the constants are the published ones."""
-    assert set(result.losses) == set(rl.LOSSES)
+    require(set(result.losses) == set(rl.LOSSES), "the sheets do not show every loss")
     for name, loss in result.losses.items():
         psi = loss.curves[1]
         if loss.family == "convex":
-            assert np.all(np.diff(psi) >= -1e-12), f"the influence of {name} decreases"
+            require(np.all(np.diff(psi) >= -1e-12), f"the influence of {name} decreases")
         if loss.family == "redescending":
             far = with_delta(name, 1.0)
-            assert abs(rl.influence(far, 1e6)) < 1e-5, f"the influence of {name} stays"
-            assert np.isfinite(loss.sensitivity), f"the influence of {name} is not bounded"
+            require(abs(rl.influence(far, 1e6)) < 1e-5, f"the influence of {name} stays")
+            require(np.isfinite(loss.sensitivity), f"the influence of {name} is not bounded")
         if loss.family in ("convex", "redescending"):
-            assert np.allclose(psi, -psi[::-1]), f"the influence of {name} is not odd"
+            require(np.allclose(psi, -psi[::-1]), f"the influence of {name} is not odd")
         if np.isfinite(loss.at_95):
-            assert abs(loss.efficiency - 0.95) < 1e-9, f"{name} is {loss.efficiency} efficient"
+            require(abs(loss.efficiency - 0.95) < 1e-9, f"{name} is {loss.efficiency} efficient")
         for ours, published in zip((loss.at_95, loss.at_50), PUBLISHED.get(name, ()), strict=False):
             if published is not None:
-                assert abs(ours - published) < 1e-6, f"{name}: {ours} is not {published}"
+                require(abs(ours - published) < 1e-6, f"{name}: {ours} is not {published}")
 
 
 def show(result: Result, console: Console) -> None:
@@ -167,7 +167,7 @@ def files(config: Config, result: Result) -> dict[str, bytes]:
     written = {"result.json": _results.record(config, losses=numbers)}
     if config.plots:
         sheets = plot(result)
-        written |= {f"{name}.png": _results.picture(sheet) for name, sheet in sheets.items()}
+        written |= {f"{name}.png": _results.render(sheet) for name, sheet in sheets.items()}
     return written
 
 

@@ -27,7 +27,16 @@ from rich.console import Console
 from rich.table import Table
 
 import robustloss as rl
-from experiments import Keep, Progress, UsageError, _plotting, _results, compute
+from experiments import (
+    Cache,
+    Progress,
+    UsageError,
+    _plotting,
+    _results,
+    compute_arrays,
+    ignore_progress,
+    require,
+)
 from experiments._devices import over_devices
 from experiments._linear_fits import compared
 from experiments._losses import has_delta, title, tuned, with_delta
@@ -111,7 +120,7 @@ class Mlp(nnx.Module):
 
 
 def run(
-    config: Config, progress: Progress = lambda done, what: None, keep: Keep = compute
+    config: Config, progress: Progress = ignore_progress, cache: Cache = compute_arrays
 ) -> Result:
     """Trains every network."""
     check_settings(config)
@@ -121,12 +130,12 @@ def run(
     for i, name in enumerate(config.losses):
         progress(i / (len(config.losses) + 1), title(name))
         train = partial(trained, config, split, robust(name))
-        found.append(keep(name, partial(train, config.shares)))
+        found.append(cache(name, partial(train, config.shares)))
     half = {}
     progress(1 - 1 / (len(config.losses) + 1), "bfloat16")
     for name, huber in {"optax.huber_loss": optax.huber_loss, "rl.huber": rl.huber}.items():
         train = partial(trained, config, split, partial(huber, delta=1.0), half=True)
-        of = keep(f"half-{name}", partial(train, (0.0,)))
+        of = cache(f"half-{name}", partial(train, (0.0,)))
         half[name] = np.asarray(of["errors"])[0, :, :, 0].mean(0)
     return Result(
         config.losses, np.array(config.shares), np.array([of["errors"] for of in found]), half,
@@ -138,15 +147,15 @@ def check(result: Result) -> None:
     """Corrupted targets hurt MSE most; only ours learns in bfloat16."""
     at_end = result.errors[..., -1, 0].mean(axis=2)  # MAE by loss and share
     harm = at_end[:, -1] - at_end[:, 0]
-    assert harm.argmax() == result.losses.index("squared_error"), "MSE is not harmed most"
+    require(harm.argmax() == result.losses.index("squared_error"), "MSE is not harmed most")
     mse = result.losses.index("squared_error")
-    assert np.delete(harm, mse).max() < harm[mse] / 2, "a robust loss is harmed half as much"
-    assert np.all(np.isfinite(result.errors)), "an error is not finite"
-    assert result.train[mse, -1] == result.train[:, -1].max(), "as a metric, MAE prefers MSE's"
+    require(np.delete(harm, mse).max() < harm[mse] / 2, "a robust loss is harmed half as much")
+    require(np.all(np.isfinite(result.errors)), "an error is not finite")
+    require(result.train[mse, -1] == result.train[:, -1].max(), "as a metric, MAE prefers MSE's")
     ours, theirs = result.half["rl.huber"], result.half["optax.huber_loss"]
-    assert ours[-1] < 0.9 * ours[0], "ours does not learn in bfloat16"
-    assert ours[-1] < 0.8 * theirs[-1], "ours is no better than optax's in bfloat16"
-    assert theirs[-1] > 0.95 * theirs[0], "optax's learns in bfloat16"
+    require(ours[-1] < 0.9 * ours[0], "ours does not learn in bfloat16")
+    require(ours[-1] < 0.8 * theirs[-1], "ours is no better than optax's in bfloat16")
+    require(theirs[-1] > 0.95 * theirs[0], "optax's learns in bfloat16")
 
 
 def findings(result: Result) -> list[str]:
@@ -198,10 +207,10 @@ def files(config: Config, result: Result) -> dict[str, bytes]:
             },
             half=result.half,
         ),
-        "network.npz": _results.arrays(errors=result.errors, shares=result.shares),
+        "network.npz": _results.pack_arrays(errors=result.errors, shares=result.shares),
     }
     if config.plots:
-        written["network.png"] = _results.picture(plot(result))
+        written["network.png"] = _results.render(plot(result))
     return written
 
 

@@ -25,7 +25,16 @@ from rich.console import Console
 from rich.table import Table
 
 import robustloss as rl
-from experiments import Keep, Progress, UsageError, _plotting, _results, compute
+from experiments import (
+    Cache,
+    Progress,
+    UsageError,
+    _plotting,
+    _results,
+    compute_arrays,
+    ignore_progress,
+    require,
+)
 from experiments._devices import over_devices
 from experiments._linear_fits import compared, exactly, fit_each
 from experiments._losses import title
@@ -103,16 +112,16 @@ class Sets(NamedTuple):
 
 
 def run(
-    config: Config, progress: Progress = lambda done, what: None, keep: Keep = compute
+    config: Config, progress: Progress = ignore_progress, cache: Cache = compute_arrays
 ) -> Result:
     """Fits every data set by every loss."""
     _check(config)
     config = replace(config, losses=compared(config.losses))
     with jax.enable_x64(True):
-        return _run(config, progress, keep)
+        return _run(config, progress, cache)
 
 
-def _run(config: Config, progress: Progress, keep: Keep) -> Result:
+def _run(config: Config, progress: Progress, cache: Cache) -> Result:
     shares, sizes = np.array(config.shares), np.array(config.sizes)
     grid = list(product(range(2), np.rint(shares * config.rows).astype(int), sizes))
     sweep = _sets([(s, bad, z, place) for place, bad, z in grid for s in range(config.sets)])
@@ -134,7 +143,7 @@ def _run(config: Config, progress: Progress, keep: Keep) -> Result:
             b, done = jax.block_until_ready(fits(these))
             return {"params": b, "converged": done, "seconds": time.perf_counter() - begin}
 
-        found = keep(f"fits-{first}", chunk)
+        found = cache(f"fits-{first}", chunk)
         seconds.append(float(found["seconds"]))
         params.append(found["params"])
         converged.append(found["converged"])
@@ -151,7 +160,7 @@ def _run(config: Config, progress: Progress, keep: Keep) -> Result:
         progress(0.92, "MM-estimates")
         few = np.flatnonzero(sweep.seed < config.sets_of_mm)
         mm = over_devices(lambda one: _mm(*_data(config, key, one)))
-        found = keep("mm", lambda: {"params": mm(Sets(*(x[few] for x in sweep)))})
+        found = cache("mm", lambda: {"params": mm(Sets(*(x[few] for x in sweep)))})
         by_place = np.linalg.norm(found["params"], axis=-1).reshape(*errors.shape[1:], -1)
         losses, errors = (*losses, MM), np.concatenate([errors, np.median(by_place, -1)[None]])
 
@@ -170,32 +179,34 @@ def _run(config: Config, progress: Progress, keep: Keep) -> Result:
 
 def check(result: Result) -> None:
     """One outlier breaks MSE, no share in y the bounded ones; leverage points break all but MM."""
-    assert result.unconverged < 0.02, f"{result.unconverged:.1%} of the fits did not converge"
+    require(result.unconverged < 0.02, f"{result.unconverged:.1%} of the fits did not converge")
     for name, off in result.off.items():
         limit = 0.1 if name == "absolute_error" else 1e-3
-        assert off < limit, f"{name}: the fits are {off:.1e} off the exact optimum"
+        require(off < limit, f"{name}: the fits are {off:.1e} off the exact optimum")
     broken = breakdown(result)
     first = result.shares[result.shares > 0].min()
     for place in PLACES:
-        assert broken["squared_error", place] == first, f"MSE withstands outliers {place}"
+        require(broken["squared_error", place] == first, f"MSE withstands outliers {place}")
     fitted = [name for name in result.losses if name != MM]
     for name in set(fitted) - {"squared_error", *redescending.__all__}:
-        assert broken[name, "in y"] > 0.44, f"{title(name)} gives way to outliers in y"
+        require(broken[name, "in y"] > 0.44, f"{title(name)} gives way to outliers in y")
         at = broken[name, "at leverage points"]
         below = result.shares[result.shares < at].max()
-        assert below <= theory(name)[1] <= at, f"{title(name)} gives way at {at}, not as in theory"
+        require(
+            below <= theory(name)[1] <= at, f"{title(name)} gives way at {at}, not as in theory"
+        )
     for name in set(fitted) & set(redescending.__all__):
-        assert broken[name, PLACES[1]] < 0.3, f"{title(name)} from MSE's fit withstands leverage"
+        require(broken[name, PLACES[1]] < 0.3, f"{title(name)} from MSE's fit withstands leverage")
     if MM in result.losses:
         # A tight cluster of 45 % can have the smaller scale, until it is too steep for that.
         for place, least in zip(PLACES, (0.44, 0.39), strict=True):
-            assert broken[MM, place] > least, f"MM gives way to outliers {place}"
+            require(broken[MM, place] > least, f"MM gives way to outliers {place}")
     half, whole = (np.abs(result.curves[:, 0, i]) for i in (len(result.moved) * 3 // 4, -1))
     for i, name in enumerate(fitted):
         if name == "squared_error":
-            assert abs(whole[i] / half[i] - 2) < 0.1, "the influence on MSE is not linear"
+            require(abs(whole[i] / half[i] - 2) < 0.1, "the influence on MSE is not linear")
         elif name != "absolute_error":  # whose fit jumps from vertex to vertex
-            assert whole[i] < half[i] + 0.1, f"the influence on {title(name)} grows on"
+            require(whole[i] < half[i] + 0.1, f"the influence on {title(name)} grows on")
 
 
 def breakdown(result: Result) -> dict[tuple[str, str], float]:
@@ -287,13 +298,13 @@ def files(config: Config, result: Result) -> dict[str, bytes]:
             config, breakdown=broken, off=result.off, fits=result.fits,
             unconverged=result.unconverged, seconds_of_calls=result.seconds,
         ),
-        "outliers.npz": _results.arrays(
+        "outliers.npz": _results.pack_arrays(
             shares=result.shares, sizes=result.sizes, losses=result.losses, errors=result.errors,
             moved=result.moved, curves=result.curves,
         ),
     }  # fmt: skip
     if config.plots:
-        written["outliers.png"] = _results.picture(plot(result))
+        written["outliers.png"] = _results.render(plot(result))
     return written
 
 

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 import robustloss as rl
-from experiments import Progress, UsageError, _plotting, _results
+from experiments import Progress, UsageError, _plotting, _results, ignore_progress, require
 from experiments.data import load
 
 ROWS = 16  # of stackloss, whose numbers are integers: with a power of two every sum is exact
@@ -69,7 +69,7 @@ class Result(NamedTuple):
     textbook: dict[str, tuple[np.ndarray, np.ndarray]]  # by loss: by hand, by differentiation
 
 
-def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
+def run(config: Config, progress: Progress = ignore_progress) -> Result:
     """Traces and compares."""
     if not np.isfinite(config.w) or not np.isfinite(config.x) or config.x == 0:
         raise UsageError(
@@ -94,20 +94,21 @@ def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
 def check(result: Result) -> None:
     """Equal losses, opposite slopes, both steps better; the textbook to the last bit."""
     low, high = result.chains
-    assert low.value == high.value == 1, "the losses differ"
-    assert low.slope == -high.slope != 0, "the slopes are not opposite"
+    require(low.value == high.value == 1, "the losses differ")
+    require(low.slope == -high.slope != 0, "the slopes are not opposite")
     for chain in result.chains:
-        assert chain.outer * chain.inner == chain.slope, "the chain rule does not hold"
-        assert chain.better < chain.value, "a step against the slope is no better"
+        require(chain.outer * chain.inner == chain.slope, "the chain rule does not hold")
+        require(chain.better < chain.value, "a step against the slope is no better")
     size = abs(result.x)
     mae, mse = result.gradients["MAE"], result.gradients["MSE"]
     error = result.w * result.x - result.targets
-    assert set(np.abs(mae[error != 0])) == {size}, "MAE's gradient has another size than |x|"
-    assert np.all(np.sign(mae) == np.sign(error * result.x)), "MAE's gradient has the wrong sign"
-    np.testing.assert_allclose(mse, 2 * error * result.x, rtol=1e-12, atol=1e-12)
+    require(set(np.abs(mae[error != 0])) == {size}, "MAE's gradient has another size than |x|")
+    require(np.all(np.sign(mae) == np.sign(error * result.x)), "MAE's gradient has the wrong sign")
+    expected = 2 * error * result.x
+    require(np.allclose(mse, expected, 1e-12, 1e-12), "MSE's gradient is not 2 (m - t) x")
     for name, (by_hand, by_autodiff) in result.textbook.items():
-        assert np.array_equal(by_hand, by_autodiff), f"{name}: {by_hand} is not {by_autodiff}"
-        assert np.all(by_hand != 0), f"{name}: a gradient is 0"
+        require(np.array_equal(by_hand, by_autodiff), f"{name}: {by_hand} is not {by_autodiff}")
+        require(np.all(by_hand != 0), f"{name}: a gradient is 0")
 
 
 def findings(result: Result) -> list[str]:
@@ -155,7 +156,7 @@ def files(config: Config, result: Result) -> dict[str, bytes]:
         )
     }
     if config.plots:
-        written["sign.png"] = _results.picture(plot(result))
+        written["sign.png"] = _results.render(plot(result))
     return written
 
 

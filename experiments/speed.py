@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 import robustloss as rl
-from experiments import Progress, UsageError, _fit_speed, _results
+from experiments import Progress, UsageError, _fit_speed, _results, ignore_progress, require
 from experiments._fit_speed import Timing
 from experiments._losses import example
 
@@ -86,7 +86,7 @@ class Result(NamedTuple):
     memory: dict[str, float]  # that compiled fits plan for, in sizes of the data
 
 
-def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
+def run(config: Config, progress: Progress = ignore_progress) -> Result:
     """Times everything in turn."""
     if min(config.size, config.repeats, config.fit_repeats) < 1:
         raise UsageError("--size, --repeats and --fit-repeats must be >= 1.")
@@ -168,7 +168,7 @@ def check(result: Result) -> None:
         for name, size in result.memory.items()
         if size > MEMORY_LIMIT
     ]
-    assert not missed, "; ".join(missed)
+    require(not missed, "; ".join(missed))
 
 
 def show(result: Result, console: Console) -> None:

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import robustloss as rl
-from experiments import Progress, UsageError, _plotting, _results
+from experiments import Progress, UsageError, _plotting, _results, ignore_progress, require
 from experiments.data import load
 
 
@@ -55,7 +55,7 @@ class Result(NamedTuple):
     path: np.ndarray  # the objective on the way from Tukey's fit from least squares to the MM fit
 
 
-def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
+def run(config: Config, progress: Progress = ignore_progress) -> Result:
     """Fits from everywhere."""
     if config.starts < 2:
         raise UsageError(f"--starts must be >= 2, got {config.starts}.")
@@ -106,12 +106,12 @@ def check(result: Result) -> None:
     """One loss, one data set, two answers, and only the start tells which."""
     from_ls = result.lines["Tukey, from least squares"]
     mm = result.lines["MM: Tukey, from the S-estimate"]
-    assert len(result.minima) >= 2, "there is but one minimum"
+    require(len(result.minima) >= 2, "there is but one minimum")
     for name, line in (("least squares", from_ls), ("the S-estimate", mm)):
         off = np.min(np.max(np.abs(result.minima - line), axis=1))
-        assert off < 1e-4, f"no other start ended where that from {name} did"
-    assert from_ls[1] < 0 < mm[1], "from least squares, the giants do not decide"
-    assert result.shares.sum() > 0.95, "fits from random starts did not converge"
+        require(off < 1e-4, f"no other start ended where that from {name} did")
+    require(from_ls[1] < 0 < mm[1], "from least squares, the giants do not decide")
+    require(result.shares.sum() > 0.95, "fits from random starts did not converge")
 
 
 def show(result: Result, console: Console) -> None:
@@ -146,7 +146,7 @@ def files(config: Config, result: Result) -> dict[str, bytes]:
     """What goes into the output folder."""
     written = {"result.json": _results.record(config, **result._asdict())}
     if config.plots:
-        written["start.png"] = _results.picture(plot(result))
+        written["start.png"] = _results.render(plot(result))
     return written
 
 

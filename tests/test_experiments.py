@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import robustloss as rl
-from experiments import _results, compare
+from experiments import FindingError, _results, compare
 from experiments.__main__ import experiments, main
 from experiments.data import load
 from robustloss import losses as families
@@ -137,7 +137,7 @@ def test_all_writes_a_report_and_does_nothing_twice(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(sign, "run", lambda *_: pytest.fail("again"))
     assert main(run) == 0
     monkeypatch.undo()
-    monkeypatch.setattr(sign, "check", lambda _: (_ for _ in ()).throw(AssertionError("no")))
+    monkeypatch.setattr(sign, "check", lambda _: (_ for _ in ()).throw(FindingError("no")))
     assert main([*run, "--seed", "1", "--no-plots"]) == 1  # other settings: run again
     assert "sign: its finding does not hold" in capsys.readouterr().err
     assert (tmp_path / "report" / "report.md").read_text() == report
@@ -209,7 +209,7 @@ def test_a_wrong_constant_fails_the_gallery():
     for field in ("at_95", "at_50"):
         tukey = result.losses["tukey"]
         moved = tukey._replace(**{field: getattr(tukey, field) + 1e-5})
-        with pytest.raises(AssertionError, match="tukey"):
+        with pytest.raises(FindingError, match="tukey"):
             gallery.check(result._replace(losses=result.losses | {"tukey": moved}))
 
 
@@ -227,7 +227,7 @@ def test_accuracy_holds_and_would_notice(monkeypatch):
     assert 1 < result.derivatives["tukey"].ulp < 5
     assert any("derivative" in sentence for sentence in accuracy.findings(result))
     wrong = result.derivatives | {"tukey": result.derivatives["tukey"]._replace(ulp=10.5)}
-    with pytest.raises(AssertionError, match="tukey, derivatives"):
+    with pytest.raises(FindingError, match="tukey, derivatives"):
         accuracy.check(result._replace(derivatives=wrong))
     assert 1 < result.single["tukey"]["slope"].ulp < 5
     ours = (result.single[name] for name in rl.LOSSES)
@@ -304,7 +304,7 @@ def test_a_finding_that_fails_is_told_and_not_written(tmp_path, monkeypatch, cap
         main(run)
 
     def fails(result):
-        raise AssertionError("huber is smaller at another fit")
+        raise FindingError("huber is smaller at another fit")
 
     monkeypatch.setattr(compare, "check", fails)
     monkeypatch.setattr(compare, "findings", lambda result: ["said all the same"])
@@ -458,18 +458,18 @@ def test_a_sweep_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(accuracy, "LIMITS", {"absolute_error": (0.5, 0.5, 0.5)})
     monkeypatch.setattr(accuracy, "DERIVED", ("absolute_error",))
     config = accuracy.Config(others=False, points=30, out=tmp_path / "r")
-    place = _results.unfinished(config.out, config)
-    whole = accuracy.run(config, keep=partial(_results.kept, place))
+    place = _results.locate_cache(config.out, config)
+    whole = accuracy.run(config, cache=partial(_results.cache_arrays, place))
     blocks = sorted(path for path in place.iterdir() if "derivatives" not in path.name)
     assert len(blocks) == 3
     with np.load(blocks[1]) as file:
         other = {name: np.array([0.25, 2.0, 0.0]) for name in file}
     np.savez(blocks[1], **other)
     blocks[2].rename(blocks[2].with_suffix(".new"))  # as kill -9 leaves it
-    again = accuracy.run(config, keep=partial(_results.kept, place))
+    again = accuracy.run(config, cache=partial(_results.cache_arrays, place))
     assert again.single["absolute_error"]["value"].ulp == 0.25  # what was kept counts
     assert whole.single["absolute_error"]["value"].ulp == 0
     assert blocks[2].exists()
-    elsewhere = _results.unfinished(config.out, replace(config, delta=2.0))
+    elsewhere = _results.locate_cache(config.out, replace(config, delta=2.0))
     assert elsewhere != place
-    assert _results.unfinished(config.out, replace(config, out=None)) == place
+    assert _results.locate_cache(config.out, replace(config, out=None)) == place
