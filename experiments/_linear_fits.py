@@ -14,7 +14,7 @@ from jax.scipy.linalg import solve_triangular
 
 import robustloss as rl
 from experiments import UsageError
-from experiments._losses import comparable, has_delta, tuned, with_delta
+from experiments._losses import has_delta, resolve_loss, set_delta, tune_delta
 from robustloss.losses import redescending
 
 Loss = Callable[..., Array]
@@ -59,7 +59,7 @@ def fit_each(names: tuple[str, ...], X: Array, y: Array) -> tuple[Array, Array]:
             path, settled = lax.scan(nearer, best(rl.absolute_error), jnp.array(_TOWARDS_MAE))
             fits[name] = fit(rl.absolute_error, path, _ADAM, 300).params, jnp.all(settled)
             continue
-        loss = with_delta(name, tuned(name, efficiency=0.95) if has_delta(name) else 1.0)
+        loss = set_delta(name, tune_delta(name, efficiency=0.95) if has_delta(name) else 1.0)
         redescends = name in redescending.__all__
         if name == "squared_error":  # whose curvature is 2 in these columns
             found = fit(loss, known[0], _ONE_STEP, 5)
@@ -76,7 +76,7 @@ def fit_each(names: tuple[str, ...], X: Array, y: Array) -> tuple[Array, Array]:
 
 def compared(names: tuple[str, ...]) -> tuple[str, ...]:
     """The library's names of these losses, the three among them that all are compared with."""
-    known = tuple(dict.fromkeys(comparable(name) for name in names))
+    known = tuple(dict.fromkeys(resolve_loss(name) for name in names))
     if missing := {"squared_error", "absolute_error", "huber"} - set(known):
         raise UsageError(f"--losses needs {', '.join(sorted(missing))} as well.")
     return known

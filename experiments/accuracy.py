@@ -41,7 +41,7 @@ from experiments import (
 )
 from experiments._derivatives import Off
 from experiments._derivatives import worst as _worst_derivative
-from experiments._losses import EXAMPLES, example, with_delta
+from experiments._losses import EXAMPLES, fix_parameters, set_delta
 
 VIEWS = ("value", "slope", "curvature")
 LIMITS = {  # what this library promises, in ulp of float32
@@ -119,7 +119,7 @@ def run(
         raise UsageError(f"--points must be >= 1, got {config.points}.")
     stride = 1 if config.exhaustive else 1021
     numbers = -(-(2**32) // stride)
-    cases = {name: (name, partial(with_delta, name)) for name in LIMITS}
+    cases = {name: (name, partial(set_delta, name)) for name in LIMITS}
     cases |= OTHERS if config.others else {}
     chunks = -(-numbers // CHUNK)
     single = {}
@@ -182,7 +182,7 @@ def check(result: Result) -> None:
                 require(not worst.wrong, f"{name}, {dtype}: {worst}")
     for name, off in result.derivatives.items():
         require(off.ulp <= DERIVATIVES_LIMIT, f"{name}, derivatives: {off}")
-    measured = {name for name in rl.LOSSES if example(name)(0.0) == 0}  # not the likelihoods
+    measured = {name for name in rl.LOSSES if fix_parameters(name)(0.0) == 0}  # not the likelihoods
     require(set(LIMITS) == measured, "a loss without limits in experiments/accuracy.py")
 
 

@@ -192,7 +192,7 @@ def plot(result: Result) -> Figure:
             at = np.arange(len(result.laws)) + (j - (len(result.names) - 1) / 2) * width
             left.bar(
                 at, result.efficiency[:, j], 0.9 * width,
-                color="black" if name == LEARNED else _plotting.COLORS[j],
+                color=_plotting.get_color("general_nll" if name == LEARNED else name),
                 label=name if name == LEARNED else title(name),
             )  # fmt: skip
         left.axhline(1, color="0.5", lw=0.8)
@@ -204,8 +204,8 @@ def plot(result: Result) -> Figure:
         left.legend(loc="upper left", ncols=3, fontsize=10)
         for i, (law, alphas) in enumerate(zip(result.laws, result.alphas, strict=True)):
             right.plot(
-                np.sort(alphas), np.linspace(0, 100, len(alphas)), **_plotting.style(i), lw=2,
-                label=law,
+                np.sort(alphas), np.linspace(0, 100, len(alphas)), **_plotting.get_series_line(i),
+                lw=2, label=law,
             )  # fmt: skip
         right.set(
             title="What alpha it learns", xlabel="alpha (2: normal, 0: Cauchy)",

@@ -26,7 +26,7 @@ from rich.table import Table
 from experiments import Progress, UsageError, _plotting, _results, ignore_progress, require
 from experiments._descent import descent
 from experiments._linear_fits import exactly
-from experiments._losses import has_delta, title, tuned, with_delta
+from experiments._losses import has_delta, set_delta, title, tune_delta
 
 LOSSES = ("squared_error", "huber", "log_cosh", "absolute_error")
 RULES = {  # what an optimizer does with the gradient, and the step size that goes with it
@@ -221,17 +221,19 @@ def plot(result: Result) -> Figure:
         figure = Figure(figsize=(10, 4.6))
         left, right = figure.subplots(1, 2)
         shown = [(name, "constant") for name in LOSSES] + [("absolute_error", "cosine")]
-        for i, (name, schedule) in enumerate(shown):
-            label = title(name) + (", cosine schedule" if schedule == "cosine" else "")
+        for name, schedule in shown:
+            line, label = _plotting.get_line(name), title(name)
+            if schedule == "cosine":
+                line, label = line | {"linestyle": ":"}, f"{label}, cosine schedule"
             path = np.maximum(result.paths[name, "sgd", schedule], 1e-13)
-            left.plot(1 + np.arange(len(path)), path, **_plotting.style(i), lw=2, label=label)
+            left.plot(1 + np.arange(len(path)), path, **line, lw=2, label=label)
         left.set(
             title="MAE does not come to rest", xlabel="step of gradient descent", xscale="log",
             yscale="log", ylabel="distance from the optimum, sd of the noise", ylim=(1e-12, 1e3),
         )  # fmt: skip
         left.legend(loc="upper right", fontsize=10, ncols=2)
         right.plot(
-            result.sizes, result.chatter, "o", color=_plotting.style(3)["color"], ms=7,
+            result.sizes, result.chatter, ls="", **_plotting.get_points("absolute_error"), ms=7,
             label="MAE, measured",
         )  # fmt: skip
         at = len(result.sizes) // 2
@@ -246,7 +248,7 @@ def plot(result: Result) -> Figure:
 
 
 def _objective(name: str, A: Array, y: Array, b: Array) -> Array:
-    loss = with_delta(name, tuned(name, efficiency=0.95) if has_delta(name) else 1.0)
+    loss = set_delta(name, tune_delta(name, efficiency=0.95) if has_delta(name) else 1.0)
     return jnp.mean(loss(A @ b, y))
 
 

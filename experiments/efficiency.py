@@ -37,7 +37,7 @@ from experiments import (
 )
 from experiments._devices import over_devices
 from experiments._linear_fits import compared, fit_each
-from experiments._losses import has_delta, title, tuned, with_delta
+from experiments._losses import has_delta, set_delta, title, tune_delta
 
 LOSSES = (
     "squared_error", "absolute_error", "huber", "log_cosh", "pseudo_huber", "cauchy", "tukey",
@@ -179,7 +179,7 @@ def _run(config: Config, progress: Progress, cache: Cache) -> Result:
 
 def theory(law: str, name: str) -> float:
     """The asymptotic variance of MSE's fit over that of the loss's, E psi**2 / (E psi')**2."""
-    delta = tuned(name, efficiency=0.95) if has_delta(name) else 1.0
+    delta = tune_delta(name, efficiency=0.95) if has_delta(name) else 1.0
     joint = [delta, np.nextafter(delta, np.inf)]  # where a curvature may jump
     grid = np.concatenate([np.linspace(0, 30, 300_001), np.geomspace(30, 1e5, 100_001)[1:]])
     grid = np.sort(np.append(grid, joint))
@@ -192,7 +192,7 @@ def theory(law: str, name: str) -> float:
     variance = mean(grid**2)
     if name == "absolute_error":
         return variance * density[0] ** 2
-    loss = with_delta(name, delta)
+    loss = set_delta(name, delta)
     psi, bend = (jax.jit(partial(view, loss))(grid) for view in (rl.influence, rl.curvature))
     return variance * mean(bend) ** 2 / mean(psi**2)
 
@@ -281,12 +281,13 @@ def plot(result: Result) -> Figure:
         width = 0.8 / len(result.losses)
         for j, name in enumerate(result.losses):
             at = np.arange(len(result.laws)) + (j - (len(result.losses) - 1) / 2) * width
-            axes.bar(at, result.theory[:, j], 0.9 * width, color=_plotting.COLORS[j], alpha=0.45)
+            points = _plotting.get_points(name)
+            axes.bar(at, result.theory[:, j], 0.9 * width, color=points["color"], alpha=0.45)
             axes.errorbar(
-                at, result.measured[:, j], 2 * result.errors[:, j], fmt=_plotting.MARKERS[j],
+                at, result.measured[:, j], 2 * result.errors[:, j], fmt=points["marker"],
                 color="black", ms=4, capsize=2,
             )  # fmt: skip
-            axes.bar(0, 0, color=_plotting.COLORS[j], alpha=0.45, label=title(name))
+            axes.bar(0, 0, color=points["color"], alpha=0.45, label=title(name))
         axes.axhline(1, color="0.4", lw=0.8)
         axes.set_xticks(range(len(result.laws)), [f"{law} noise" for law in result.laws])
         axes.set(

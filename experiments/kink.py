@@ -153,14 +153,13 @@ def plot(result: Result) -> Figure:
         for side in (r[r < 0], r[r > 0]):
             left.plot(side, jax.vmap(jax.grad(rl.absolute_error))(side), color="0.6", lw=2)
         for i, (name, slopes) in enumerate(result.slopes.items()):
-            left.plot(
-                0, slopes["0"][1], "os^D"[i % 4], color=_plotting.COLORS[i], ms=9 - i, label=name
-            )
+            color, _, marker = _plotting.SERIES[i]
+            left.plot(0, slopes["0"][1], marker, color=color, ms=9 - i, label=name)
         left.set(title="Slope of |r|: what is taken at 0", xlabel="residual r", ylabel="slope")
         left.set(xticks=(-1, 0, 1), yticks=(-1, 0, 1))
         left.legend(loc="lower right")
-        for i, (name, path) in enumerate(result.descent.items()):
-            right.plot(path, color=_plotting.COLORS[1 - i], lw=2, label=name)
+        for (name, path), i in zip(result.descent.items(), (1, 0), strict=True):
+            right.plot(path, **_plotting.get_series_line(i), lw=2, label=name)
         right.set(
             title="An exact fit rests only with 0 there",
             xlabel="step of gradient descent",

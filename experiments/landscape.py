@@ -37,7 +37,7 @@ from experiments import (
 )
 from experiments._descent import descent
 from experiments._devices import over_devices
-from experiments._losses import example, has_delta, title, tuned, with_delta
+from experiments._losses import fix_parameters, has_delta, set_delta, title, tune_delta
 from robustloss.losses import asymmetric, convex, redescending
 
 MODELS: dict[str, Callable[[Array, Array], Array]] = {
@@ -109,7 +109,8 @@ def run(
     known = tuple(
         name
         for name in rl.LOSSES
-        if example(name)(0.0) == 0 and name not in asymmetric.__all__  # these fit something else
+        if fix_parameters(name)(0.0) == 0
+        and name not in asymmetric.__all__  # these fit something else
     )
     for name in config.losses:
         if name not in known:
@@ -219,7 +220,7 @@ def plot(result: Result, names: tuple[str, ...] = SHOWN) -> Figure:
                 )  # of the same area each
                 panel.plot(*of.path.T, color="white", lw=2.5)
                 panel.plot(*of.path.T, color="black", lw=1.2, label="way of Adam")
-                panel.plot(*of.best, "o", color="#D55E00", ms=7, label="best minimum")
+                panel.plot(*of.best, "o", color=_plotting.VERMILLION, ms=7, label="best minimum")
                 panel.plot(*TRUTH, "*", color="white", mec="black", ms=13, label="truth")
                 panel.set_title(f"{title(name)}, {model}", fontsize=11)
                 panel.set(xlim=(-REACH, REACH), ylim=(-REACH, REACH))
@@ -240,8 +241,8 @@ def plot(result: Result, names: tuple[str, ...] = SHOWN) -> Figure:
 
 
 def _one(config: Config, name: str, model: str) -> dict[str, Any]:
-    delta = tuned(name, efficiency=0.95) if has_delta(name) else 1.0
-    loss = with_delta(name, (1.0 if np.isnan(delta) else delta) * NOISE)
+    delta = tune_delta(name, efficiency=0.95) if has_delta(name) else 1.0
+    loss = set_delta(name, (1.0 if np.isnan(delta) else delta) * NOISE)
     predict = MODELS[model]
     optimizer = optax.adam(optax.cosine_decay_schedule(0.1, config.steps))
 

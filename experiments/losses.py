@@ -22,7 +22,7 @@ from rich.table import Table
 
 import robustloss as rl
 from experiments import Progress, UsageError, _plotting, _results, ignore_progress, require
-from experiments._losses import EXAMPLES, has_delta, title, tuned, with_delta
+from experiments._losses import EXAMPLES, has_delta, set_delta, title, tune_delta
 from robustloss import losses as families
 
 VIEWS: dict[str, Callable[..., jax.Array]] = {
@@ -90,12 +90,12 @@ def run(config: Config, progress: Progress = ignore_progress) -> Result:
     found = {}
     for i, name in enumerate(rl.LOSSES):
         progress(i / len(rl.LOSSES), name)
-        at_95, at_50 = tuned(name, efficiency=0.95), tuned(name, breakdown=0.5)
-        loss = with_delta(name, 1.0 if np.isnan(at_95) else at_95)
+        at_95, at_50 = tune_delta(name, efficiency=0.95), tune_delta(name, breakdown=0.5)
+        loss = set_delta(name, 1.0 if np.isnan(at_95) else at_95)
         with jax.enable_x64(True):
             views = jax.jit(lambda r, loss=loss: [view(loss, r) for view in VIEWS.values()])
             curves = np.array(views(r))
-        grid = [with_delta(name, d) for d in deltas] if has_delta(name) else []
+        grid = [set_delta(name, d) for d in deltas] if has_delta(name) else []
         bounded = np.isfinite(at_50)
         found[name] = Loss(
             family=rl.LOSSES[name].__module__.rsplit(".", 1)[-1],
@@ -118,7 +118,7 @@ def check(result: Result) -> None:
         if loss.family == "convex":
             require(np.all(np.diff(psi) >= -1e-12), f"the influence of {name} decreases")
         if loss.family == "redescending":
-            far = with_delta(name, 1.0)
+            far = set_delta(name, 1.0)
             require(abs(rl.influence(far, 1e6)) < 1e-5, f"the influence of {name} stays")
             require(np.isfinite(loss.sensitivity), f"the influence of {name} is not bounded")
         if loss.family in ("convex", "redescending"):
@@ -190,7 +190,7 @@ def plot(result: Result) -> dict[str, Figure]:
 def _sheet(family: str, members: dict[str, Loss], result: Result) -> Figure:
     figure = Figure(figsize=(12, 7.2))
     panels = figure.subplots(2, 3)
-    styles = {name: _plotting.style(i) for i, name in enumerate(members)}
+    styles = {name: _plotting.get_line(name) for name in members}
     bends = np.max([loss.curves[3].max() for loss in members.values()])
     top = 2.2 if bends > 1 else 1.1
     limits = ((-0.3, 9), (-4, 4), (-0.03 * top, top), (-1.1, top))

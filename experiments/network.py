@@ -39,7 +39,7 @@ from experiments import (
 )
 from experiments._devices import over_devices
 from experiments._linear_fits import compared
-from experiments._losses import has_delta, title, tuned, with_delta
+from experiments._losses import has_delta, set_delta, title, tune_delta
 from experiments.data import load
 
 LOSSES = ("squared_error", "absolute_error", "huber", "log_cosh", "cauchy", "tukey")
@@ -225,9 +225,10 @@ def plot(result: Result) -> Figure:
         figure = Figure(figsize=(12, 4.4))
         left, middle, right = figure.subplots(1, 3)
         for i, name in enumerate(result.losses):
-            look = {**_plotting.style(i), "lw": 2, "label": title(name)}
+            look = {**_plotting.get_line(name), "lw": 2, "label": title(name)}
             at_end = result.errors[i, :, :, -1, 0]
-            left.plot(100 * result.shares, at_end.mean(1), marker=_plotting.MARKERS[i], **look)
+            marker = _plotting.LOOKS[name].marker
+            left.plot(100 * result.shares, at_end.mean(1), marker=marker, **look)
             curve = result.errors[i, -1, :, :, 0].mean(0)
             middle.plot(1 + np.arange(len(curve)), curve, **look)
         left.set(
@@ -241,9 +242,12 @@ def plot(result: Result) -> Figure:
         middle.yaxis.set_major_locator(LogLocator(subs=(1, 2, 4)))
         middle.yaxis.set_major_formatter("{x:g}")
         middle.yaxis.set_minor_formatter(NullFormatter())
-        for i, (name, curve) in enumerate(result.half.items()):
-            look = _plotting.style((6, 2)[i])
-            right.plot(1 + np.arange(len(curve)), curve, **look, lw=2, label=name)
+        looks = {
+            "rl.huber": _plotting.get_line("huber"),
+            "optax.huber_loss": _plotting.get_series_line(0),
+        }
+        for name, curve in result.half.items():
+            right.plot(1 + np.arange(len(curve)), curve, **looks[name], lw=2, label=name)
         right.set(title="bfloat16, small targets", xlabel="epoch", ylabel="test MAE, same units")
         right.set_ylim(bottom=0)
         for panel in (middle, right):
@@ -255,7 +259,7 @@ def plot(result: Result) -> Figure:
 
 def robust(name: str) -> Callable[..., Array]:
     """The loss at 95 % efficiency for residuals of this spread."""
-    return with_delta(name, tuned(name, efficiency=0.95) * SPREAD if has_delta(name) else 1.0)
+    return set_delta(name, tune_delta(name, efficiency=0.95) * SPREAD if has_delta(name) else 1.0)
 
 
 def california(rows: int, seed: int) -> Split:

@@ -321,8 +321,8 @@ def plot(result: Result) -> Figure:
         names = [n for n in result.losses if n not in ("log_cosh", "pseudo_huber")]
         for j, place in enumerate(PLACES):
             top, bottom = axes[0, j], axes[1, j]
-            for k, name in enumerate(names):
-                look = {**_plotting.style(k), "label": _label(name), "lw": 2}
+            for name in names:
+                look = {**_plotting.get_line(name), "label": _label(name), "lw": 2}
                 i = result.losses.index(name)
                 top.plot(100 * result.shares, result.errors[i, j, :, -1], **look)
                 if name != MM:

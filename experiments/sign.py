@@ -24,6 +24,7 @@ from rich.table import Table
 
 import robustloss as rl
 from experiments import Progress, UsageError, _plotting, _results, ignore_progress, require
+from experiments._losses import title
 from experiments.data import load
 
 ROWS = 16  # of stackloss, whose numbers are integers: with a power of two every sum is exact
@@ -82,10 +83,9 @@ def run(config: Config, progress: Progress = ignore_progress) -> Result:
         def slope(loss: object, t: Array) -> Array:
             return jax.grad(lambda w: loss(w * config.x, t))(jnp.asarray(config.w))
 
-        losses = {"MAE": rl.absolute_error, "MSE": rl.squared_error, "Huber": rl.huber}
         gradients = {
-            name: np.asarray(jax.vmap(partial(slope, loss))(targets))
-            for name, loss in losses.items()
+            name: np.asarray(jax.vmap(partial(slope, rl.LOSSES[name]))(targets))
+            for name in ("absolute_error", "squared_error", "huber")
         }
         chains = tuple(_chain(config, m - error) for error in (-1.0, 1.0))
         return Result(config.w, config.x, chains, targets, gradients, _textbook())
@@ -100,7 +100,7 @@ def check(result: Result) -> None:
         require(chain.outer * chain.inner == chain.slope, "the chain rule does not hold")
         require(chain.better < chain.value, "a step against the slope is no better")
     size = abs(result.x)
-    mae, mse = result.gradients["MAE"], result.gradients["MSE"]
+    mae, mse = (result.gradients[name] for name in ("absolute_error", "squared_error"))
     error = result.w * result.x - result.targets
     require(set(np.abs(mae[error != 0])) == {size}, "MAE's gradient has another size than |x|")
     require(np.all(np.sign(mae) == np.sign(error * result.x)), "MAE's gradient has the wrong sign")
@@ -174,7 +174,7 @@ def plot(result: Result) -> Figure:
         w = np.linspace(result.w - reach, result.w + reach, 401)
         names = ("too low", "too high")
         for i, (chain, name) in enumerate(zip(result.chains, names, strict=True)):
-            look = _plotting.style(i)
+            look = _plotting.get_series_line(i)
             left.plot(w, np.abs(w * result.x - chain.target), **look, lw=2, label=f"1 {name}")
             step = -0.25 * reach * np.sign(chain.slope)
             left.annotate(
@@ -188,9 +188,10 @@ def plot(result: Result) -> Figure:
         left.legend(loc="upper center", title="the prediction at the dot is")
         left.set_ylim(0, 3.6)
         error = result.w * result.x - result.targets
-        for i, (name, gradient) in enumerate(result.gradients.items()):
-            kept = np.where(np.abs(error) < 1e-9, np.nan, gradient) if name == "MAE" else gradient
-            right.plot(error, kept, **_plotting.style(i), lw=2, label=name)
+        for name, gradient in result.gradients.items():
+            gap = (name == "absolute_error") & (np.abs(error) < 1e-9)  # the gradient jumps
+            line = _plotting.get_line(name)
+            right.plot(error, np.where(gap, np.nan, gradient), **line, lw=2, label=title(name))
         right.set_ylim(-3.2 * abs(result.x), 3.2 * abs(result.x))
         right.set(
             title="What the target does to the gradient", xlabel="prediction - target",

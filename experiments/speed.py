@@ -30,7 +30,7 @@ from rich.table import Table
 import robustloss as rl
 from experiments import Progress, UsageError, _fit_speed, _results, ignore_progress, require
 from experiments._fit_speed import Timing
-from experiments._losses import example
+from experiments._losses import fix_parameters
 
 PEERS = {
     "squared_error": optax.squared_error,
@@ -97,7 +97,7 @@ def run(config: Config, progress: Progress = ignore_progress) -> Result:
     r = 3 * jax.random.normal(jax.random.key(config.seed), (config.size,), jnp.float32)
     cases: dict[str, Callable[[Array], object]] = {"copy": jnp.copy}
     for name in rl.LOSSES:
-        cases[name] = _value_and_grad(example(name))
+        cases[name] = _value_and_grad(fix_parameters(name))
         if name in PEERS:
             cases[f"optax: {name}"] = _value_and_grad(PEERS[name])
     compiled, first = {}, {}

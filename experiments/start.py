@@ -24,6 +24,13 @@ import robustloss as rl
 from experiments import Progress, UsageError, _plotting, _results, ignore_progress, require
 from experiments.data import load
 
+LOOKS = {
+    "least squares": "squared_error",
+    "Huber": "huber",
+    "Tukey, from least squares": "tukey",
+    "MM: Tukey, from the S-estimate": "mm",
+}
+
 
 @dataclass(frozen=True)
 class Config:
@@ -164,10 +171,9 @@ def plot(result: Result) -> Figure:
         left.plot(result.x[~giants], result.y[~giants], "o", color="#999999", ms=5)
         left.plot(result.x[giants], result.y[giants], "*", color="black", ms=11, label="giants")
         ends = np.array([result.x.min() - 0.05, result.x.max() + 0.05])
-        for i, (name, (intercept, slope)) in enumerate(result.lines.items()):
-            left.plot(
-                ends, intercept + slope * ends, **_plotting.style((7, 1, 0, 2)[i]), lw=2, label=name
-            )
+        for name, (intercept, slope) in result.lines.items():
+            line = _plotting.get_line(LOOKS[name])
+            left.plot(ends, intercept + slope * ends, **line, lw=2, label=name)
         left.set_ylim(result.y.min() - 0.6, result.y.max() + 1.9)
         left.invert_xaxis()
         left.set_xlabel("log temperature (hot stars on the left)")
@@ -176,12 +182,13 @@ def plot(result: Result) -> Figure:
         left.legend(loc="upper center", ncols=2, fontsize=9)
 
         t, value = result.path.T
-        right.plot(t, value, color="black", lw=2)
-        for at, i, name in ((0.0, 0, "from least squares"), (1.0, 2, "from the S-estimate")):
-            color = _plotting.style(i)["color"]
-            right.plot(at, np.interp(at, t, value), "o", color=color, ms=9)
+        right.plot(t, value, color="0.5", lw=2)
+        for x, look, label in (
+            (0.0, "tukey", "from least squares"), (1.0, "mm", "from the S-estimate"),
+        ):  # fmt: skip
+            right.plot(x, np.interp(x, t, value), ls="", **_plotting.get_points(look), ms=9)
             right.annotate(
-                name, (at, np.interp(at, t, value)), (0, -16), textcoords="offset points",
+                label, (x, np.interp(x, t, value)), (0, -16), textcoords="offset points",
                 ha="center", fontsize=10,
             )  # fmt: skip
         right.set_ylim(value.min() - 0.18 * np.ptp(value), None)
