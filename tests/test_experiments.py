@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import robustloss as rl
-from experiments import FindingError, _results, compare
+from experiments import FindingError, _plotting, _results, compare
 from experiments.__main__ import experiments, main
 from experiments.data import load
 from robustloss import losses as families
@@ -213,7 +213,45 @@ def test_a_wrong_constant_fails_the_gallery():
             gallery.check(result._replace(losses=result.losses | {"tukey": moved}))
 
 
-def test_accuracy_holds_and_would_notice(monkeypatch):
+LIKELIHOODS = {"gaussian_nll", "laplace_nll", "student_t_nll", "general_nll"}
+
+
+def test_every_loss_but_the_likelihoods_has_a_profile_and_limits_in_accuracy():
+    from experiments import accuracy
+
+    expected = set(rl.LOSSES) - LIKELIHOODS  # whose value at 0 depends on the scale
+    assert set(accuracy.PROFILES) == expected
+    assert set(accuracy.LIMITS) == expected
+    assert all(len(limits) == len(accuracy.VIEWS) for limits in accuracy.LIMITS.values())
+
+
+@pytest.mark.parametrize("table", ["PROFILES", "LIMITS"])
+def test_accuracy_refuses_a_loss_without_a_row(table, monkeypatch):
+    from experiments import accuracy
+
+    monkeypatch.delitem(getattr(accuracy, table), "tukey")
+    with pytest.raises(FindingError, match=f"{table} .* has no row for tukey"):
+        accuracy.check(accuracy.Result(0, {}, {}, {}))
+
+
+def test_accuracy_refuses_a_result_without_the_derivatives_of_a_loss():
+    from experiments import accuracy
+
+    others = dict.fromkeys(list(rl.LOSSES)[1:])
+    with pytest.raises(FindingError, match=f"no derivatives of {next(iter(rl.LOSSES))}"):
+        accuracy.check(accuracy.Result(0, {}, {}, others))
+
+
+def test_every_loss_has_a_look_of_its_own():
+    looks = _plotting.LOOKS
+    assert set(looks) == {*rl.LOSSES, "mm"}
+    for parts in (("color", "linestyle"), ("color", "marker")):
+        seen = {tuple(getattr(look, part) for part in parts) for look in looks.values()}
+        assert len(seen) == len(looks), parts
+
+
+def test_accuracy_keeps_its_limits_and_notices_an_error(monkeypatch):
+    """Two losses stand for all, which take their time; the tables are checked above."""
     from experiments import accuracy
 
     monkeypatch.setattr(accuracy, "LIMITS", {k: accuracy.LIMITS[k] for k in ("tukey", "quantile")})
@@ -221,7 +259,6 @@ def test_accuracy_holds_and_would_notice(monkeypatch):
     monkeypatch.setattr(
         accuracy, "OTHERS", {k: v for k, v in accuracy.OTHERS.items() if "cosh" in k}
     )
-    monkeypatch.setattr(accuracy, "DERIVED", ("tukey", "quantile"))
     result = accuracy.run(accuracy.Config(points=30))
     accuracy.check(result)
     assert 1 < result.derivatives["tukey"].ulp < 5
@@ -394,15 +431,15 @@ def test_bad_options_are_one_sentence(options, words, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        ([], "empty"),
-        (["x,y", "1,2"], "one row"),
-        (["x;y", "1;2", "2;3"], "semicolon"),
-        (["x,x,y", "1,2,3", "2,3,4", "3,1,1"], "x"),
-        (["x,z", "1,2", "2,3", "3,4"], "y"),
-        (["x,y", "a,2", "2,3", "3,4"], "x"),
-        (["x,y", "1,2", "1,3", "1,4"], "constant"),
-        (["x,y", "1,2", "2,2", "3,2"], "constant"),
-        (["a,b,c,y", "1,2,3,4", "2,3,5,5", "7,1,1,1"], "rows"),
+        ([], "mine.csv' is empty"),
+        (["x,y", "1,2"], "only one row"),
+        (["x;y", "1;2", "2;3"], "separated by semicolons"),
+        (["x,x,y", "1,2,3", "2,3,4", "3,1,1"], "The column name 'x' occurs 2 times"),
+        (["x,z", "1,2", "2,3", "3,4"], "The target 'y' is not a column"),
+        (["x,y", "a,2", "2,3", "3,4"], "Column 'x' is not numeric: row 1 has 'a'"),
+        (["x,y", "1,2", "1,3", "1,4"], "Column 'x' is constant (1 in all 3 rows)"),
+        (["x,y", "1,2", "2,2", "3,2"], "The target 'y' is constant (2 in all 3 rows)"),
+        (["a,b,c,y", "1,2,3,4", "2,3,5,5", "7,1,1,1"], "3 rows, but 3 features and an intercept"),
         (["a,b,y", "1,3,4", "2,5,5", "7,15,1", "8,17,3"], "'b' is a linear combination"),
     ],
 )
@@ -454,9 +491,9 @@ def test_a_sweep_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     from experiments import accuracy
 
     monkeypatch.setattr(accuracy, "CHUNK", 2**20)
-    monkeypatch.setattr(accuracy, "AT_ONCE", 2)  # two chunks a block, of five
+    monkeypatch.setattr(accuracy, "BLOCK", 2)  # five chunks in blocks of two
     monkeypatch.setattr(accuracy, "LIMITS", {"absolute_error": (0.5, 0.5, 0.5)})
-    monkeypatch.setattr(accuracy, "DERIVED", ("absolute_error",))
+    monkeypatch.setattr(rl, "LOSSES", {"absolute_error": rl.LOSSES["absolute_error"]})
     config = accuracy.Config(others=False, points=30, out=tmp_path / "r")
     place = _results.locate_cache(config.out, config)
     whole = accuracy.run(config, cache=partial(_results.cache_arrays, place))
