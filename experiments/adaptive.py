@@ -34,9 +34,9 @@ from experiments import (
     require,
 )
 from experiments import network as networks
-from experiments._descent import descent
-from experiments._devices import over_devices
-from experiments._linear_fits import fit_each
+from experiments._descent import descend
+from experiments._distribution import distribute
+from experiments._linear_fits import fit_losses
 from experiments._losses import title
 from experiments.efficiency import LAWS
 
@@ -57,13 +57,13 @@ class Config:
     steps: int = 600
     """Of Adam, for the fits with a learned shape."""
     seed: int = 0
-    """Of everything random."""
+    """The seed of all random numbers."""
     share: float = 0.2
     """Of the network's training targets that are corrupted; 0 to 0.5."""
     train: networks.Config = networks.Config(epochs=12, seeds=2)  # noqa: RUF009  (frozen)
     """How the network is trained; its losses, shares and seed are not used."""
     out: Path | None = None
-    """Where to write; results/adaptive by default."""
+    """The output folder; results/adaptive by default."""
     plots: bool = True
     """Draw the picture."""
 
@@ -101,7 +101,7 @@ def run(
     seeds = np.tile(np.arange(config.sets), len(laws))
     with jax.enable_x64(True):
         progress(0.0, "linear fits")
-        both = over_devices(partial(_both, config, laws))
+        both = distribute(partial(_both, config, laws))
         found = cache("fits", lambda: dict(zip(("b", "alpha"), both((seeds, which)), strict=True)))
     square = np.sum(found["b"] ** 2, axis=-1).reshape(len(laws), config.sets, -1)
     variance = square.mean(1)
@@ -139,7 +139,7 @@ def check(result: Result) -> None:
 
 
 def findings(result: Result) -> list[str]:
-    """What was found."""
+    """What the experiment finds."""
     typical = np.median(result.alphas, axis=1)
     alphas = ", ".join(f"{a:.2f} ({law})" for a, law in zip(typical, result.laws, strict=True))
     share = (result.efficiency[:, -1] / result.efficiency[:, :-1].max(axis=1)).min()
@@ -155,7 +155,7 @@ def findings(result: Result) -> list[str]:
 
 
 def show(result: Result, console: Console) -> None:
-    """The table."""
+    """Prints the table."""
     table = Table(
         "estimator", *result.laws, "network: test MAE",
         title="Variance of MSE's fit over that of the estimator's",
@@ -170,7 +170,7 @@ def show(result: Result, console: Console) -> None:
 
 
 def files(config: Config, result: Result) -> dict[str, bytes]:
-    """What goes into the output folder."""
+    """The files of the output folder."""
     written = {"result.json": _results.record(config, **result._asdict())}
     if config.plots:
         written["adaptive.png"] = _results.render(plot(result))
@@ -178,7 +178,7 @@ def files(config: Config, result: Result) -> dict[str, bytes]:
 
 
 def folder(config: Config) -> Path:
-    """Where the results go."""
+    """The output folder."""
     return config.out or Path("results") / "adaptive"
 
 
@@ -224,7 +224,7 @@ def _both(config: Config, laws: tuple[str, ...], item: tuple[Array, Array]) -> t
         return LAWS[name].draw(key, (config.rows,)) / LAWS[name].unit
 
     y = jax.lax.switch(law, [partial(draw, name) for name in laws], for_y)
-    fixed, _ = fit_each(FIXED, X, y)
+    fixed, _ = fit_losses(FIXED, X, y)
     b, alpha = _learned(config.steps, X, y, fixed[FIXED.index("huber")])
     return jnp.concatenate([fixed, b[None]]), alpha
 
@@ -237,7 +237,7 @@ def _learned(steps: int, X: Array, y: Array, start: Array) -> tuple[Array, Array
         return jnp.mean(_free_nll(params["b"][0] + X @ params["b"][1:], y, params))
 
     start = {"b": start, "alpha": jnp.zeros(()), "scale": jnp.zeros(())}
-    params, _ = descent(objective, optimizer, start, steps)
+    params, _ = descend(objective, optimizer, start, steps)
     return params["b"], _alpha_and_scale(params)[0]
 
 

@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import Progress, UsageError, _plotting, _results, ignore_progress, require
-from experiments._descent import descent
-from experiments._linear_fits import exactly
+from experiments._descent import descend
+from experiments._linear_fits import fit_exact
 from experiments._losses import has_delta, set_delta, title, tune_delta
 
 LOSSES = ("squared_error", "huber", "log_cosh", "absolute_error")
@@ -52,7 +52,7 @@ class Config:
     seed: int = 0
     """Of the data."""
     out: Path | None = None
-    """Where to write; results/convergence by default."""
+    """The output folder; results/convergence by default."""
     plots: bool = True
     """Draw the picture."""
 
@@ -89,7 +89,7 @@ def _run(config: Config, progress: Progress) -> Result:
     truth = jax.random.normal(for_b, (config.features + 1,))
     y = truth[0] + X @ truth[1:] + jax.random.normal(for_y, (config.rows,))
     A = jnp.concatenate([jnp.ones((config.rows, 1)), X], axis=1)
-    optima = {name: exactly(name, X, y) for name in LOSSES}
+    optima = {name: fit_exact(name, X, y) for name in LOSSES}
     flat = jnp.zeros_like(truth)
     k = jnp.arange(config.steps)
     # Like optax.cosine_decay_schedule, but as numbers, so that one program does for both.
@@ -103,7 +103,7 @@ def _run(config: Config, progress: Progress) -> Result:
             both = jax.jit(jax.vmap(partial(_descent, objective, transform, flat)))(size * factors)
             for schedule, path in zip(SCHEDULES, both, strict=True):
                 paths[name, rule, schedule] = _distance(path, optima[name])
-        whole = partial(descent, objective, LBFGS, steps=config.steps // 10)
+        whole = partial(descend, objective, LBFGS, steps=config.steps // 10)
         path = jax.jit(whole)(flat)[1]
         paths[name, "lbfgs", "line search"] = _distance(path, optima[name])
 
@@ -158,7 +158,7 @@ def steps_to(result: Result, name: str, rule: str, schedule: str, near: float) -
 
 
 def findings(result: Result) -> list[str]:
-    """What was found."""
+    """What the experiment finds."""
     slope = np.polyfit(np.log(result.sizes), np.log(result.chatter), 1)[0]
     mse, huber = (
         steps_to(result, name, "sgd", "constant", 1e-3) for name in ("squared_error", "huber")
@@ -192,7 +192,7 @@ def show(result: Result, console: Console) -> None:
 
 
 def files(config: Config, result: Result) -> dict[str, bytes]:
-    """What goes into the output folder."""
+    """The files of the output folder."""
     table = {
         ", ".join(key): {f"{near:g}": steps_to(result, *key, near) for near in NEAR}
         for key in result.paths
@@ -211,7 +211,7 @@ def files(config: Config, result: Result) -> dict[str, bytes]:
 
 
 def folder(config: Config) -> Path:
-    """Where the results go."""
+    """The output folder."""
     return config.out or Path("results") / "convergence"
 
 
@@ -257,7 +257,7 @@ def _descent(
 ) -> Array:
     """The parameters after each step of these sizes."""
     stepped = optax.chain(transform, optax.scale_by_schedule(lambda k: -sizes[k]))
-    return descent(objective, stepped, start, len(sizes))[1]
+    return descend(objective, stepped, start, len(sizes))[1]
 
 
 def _distance(path: Array, optimum: Array) -> np.ndarray:

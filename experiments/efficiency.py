@@ -35,8 +35,8 @@ from experiments import (
     ignore_progress,
     require,
 )
-from experiments._devices import over_devices
-from experiments._linear_fits import compared, fit_each
+from experiments._distribution import distribute
+from experiments._linear_fits import fit_losses, resolve_losses
 from experiments._losses import has_delta, set_delta, title, tune_delta
 
 LOSSES = (
@@ -90,7 +90,7 @@ class Config:
     seed: int = 0
     """Of the data."""
     out: Path | None = None
-    """Where to write; results/efficiency by default."""
+    """The output folder; results/efficiency by default."""
     plots: bool = True
     """Draw the picture."""
 
@@ -118,7 +118,7 @@ def run(
     config: Config, progress: Progress = ignore_progress, cache: Cache = compute_arrays
 ) -> Result:
     """Fits every data set by every loss."""
-    config = replace(config, losses=compared(config.losses))
+    config = replace(config, losses=resolve_losses(config.losses))
     for option, least in (("sets", 20), ("chunk", 1), ("features", 1)):
         if getattr(config, option) < least:
             raise UsageError(f"--{option} must be >= {least}, got {getattr(config, option)}.")
@@ -142,9 +142,9 @@ def _run(config: Config, progress: Progress, cache: Cache) -> Result:
         for_X, for_y = jax.random.split(jax.random.fold_in(key, seed))
         X = jax.random.normal(for_X, (config.rows, config.features))
         draws = [partial(_noise, name, (config.rows,)) for name in laws]
-        return fit_each(config.losses, X, jax.lax.switch(law, draws, for_y))
+        return fit_losses(config.losses, X, jax.lax.switch(law, draws, for_y))
 
-    fits = over_devices(one)
+    fits = distribute(one)
     params, converged = [], []
     for first in range(0, len(seeds), config.chunk):
         progress(first / len(seeds), "fits by optax")
@@ -224,7 +224,7 @@ def check(result: Result) -> None:
 
 
 def findings(result: Result) -> list[str]:
-    """What was found."""
+    """What the experiment finds."""
     at = {
         (law, name): f"{result.measured[i, j]:.2f} ± {result.errors[i, j]:.2f}"
         for i, law in enumerate(result.laws)
@@ -244,7 +244,7 @@ def findings(result: Result) -> list[str]:
 
 
 def show(result: Result, console: Console) -> None:
-    """The table."""
+    """Prints the table."""
     table = Table(
         "loss", *result.laws,
         title="Variance of MSE's fit over that of the loss's: measured ± standard error (theory)",
@@ -261,7 +261,7 @@ def show(result: Result, console: Console) -> None:
 
 
 def files(config: Config, result: Result) -> dict[str, bytes]:
-    """What goes into the output folder."""
+    """The files of the output folder."""
     written = {"result.json": _results.record(config, **result._asdict())}
     if config.plots:
         written["efficiency.png"] = _results.render(plot(result))
@@ -269,7 +269,7 @@ def files(config: Config, result: Result) -> dict[str, bytes]:
 
 
 def folder(config: Config) -> Path:
-    """Where the results go."""
+    """The output folder."""
     return config.out or Path("results") / "efficiency"
 
 

@@ -48,7 +48,7 @@ class Config:
     learning_rate: float = 0.01
     """Their constant step size."""
     out: Path | None = None
-    """Where to write; results/kink by default."""
+    """The output folder; results/kink by default."""
     plots: bool = True
     """Draw the picture."""
 
@@ -96,7 +96,7 @@ def check(result: Result) -> None:
 
 
 def show(result: Result, console: Console) -> None:
-    """The tables."""
+    """Prints the tables."""
     table = Table("slope of |r|, forward / reverse", *POINTS)
     for name, slopes in result.slopes.items():
         table.add_row(name, *[f"{f:g} / {r:g}" for f, r in (slopes[p] for p in POINTS)])
@@ -114,7 +114,7 @@ def show(result: Result, console: Console) -> None:
 
 
 def findings(result: Result) -> list[str]:
-    """What was found."""
+    """What the experiment finds."""
     off = result.descent["kink = 1"].max()
     taken = ", ".join(f"{name} {of['0'][1]:g}" for name, of in result.slopes.items())
     return [
@@ -129,7 +129,7 @@ def findings(result: Result) -> list[str]:
 
 
 def files(config: Config, result: Result) -> dict[str, bytes]:
-    """What goes into the output folder."""
+    """The files of the output folder."""
     written = {
         "result.json": _results.record(
             config,
@@ -172,7 +172,7 @@ def plot(result: Result) -> Figure:
 
 
 def folder(config: Config) -> Path:
-    """Where the results go."""
+    """The output folder."""
     return config.out or Path("results") / "kink"
 
 

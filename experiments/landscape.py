@@ -35,8 +35,8 @@ from experiments import (
     ignore_progress,
     require,
 )
-from experiments._descent import descent
-from experiments._devices import over_devices
+from experiments._descent import descend
+from experiments._distribution import distribute
 from experiments._losses import fix_parameters, has_delta, set_delta, title, tune_delta
 from robustloss.losses import asymmetric, convex, redescending
 
@@ -70,7 +70,7 @@ class Config:
     seed: int = 0
     """Of the data and the starts."""
     out: Path | None = None
-    """Where to write; results/landscape by default."""
+    """The output folder; results/landscape by default."""
     plots: bool = True
     """Draw the pictures."""
 
@@ -149,7 +149,7 @@ def check(result: Result) -> None:
 
 
 def findings(result: Result) -> list[str]:
-    """What was found."""
+    """What the experiment finds."""
     mse, mae = (
         [result.found[name, model] for model in MODELS]
         for name in ("squared_error", "absolute_error")
@@ -169,7 +169,7 @@ def findings(result: Result) -> list[str]:
 
 
 def show(result: Result, console: Console) -> None:
-    """The table."""
+    """Prints the table."""
     table = Table(
         "loss", *[f"{m}: {w}" for m in MODELS for w in ("convex", "best end", "off")],
         title="best end: starts that end in the best minimum; off: its distance from the truth",
@@ -184,7 +184,7 @@ def show(result: Result, console: Console) -> None:
 
 
 def files(config: Config, result: Result) -> dict[str, bytes]:
-    """What goes into the output folder."""
+    """The files of the output folder."""
     described = {
         f"{name}, {model}": {"convex": of.convex, "share": of.share, "error": of.error}
         for (name, model), of in result.found.items()
@@ -198,7 +198,7 @@ def files(config: Config, result: Result) -> dict[str, bytes]:
 
 
 def folder(config: Config) -> Path:
-    """Where the results go."""
+    """The output folder."""
     return config.out or Path("results") / "landscape"
 
 
@@ -263,7 +263,7 @@ def _one(config: Config, name: str, model: str) -> dict[str, Any]:
         jax.random.fold_in(key, 1), (config.sets * config.starts, 2), minval=-REACH, maxval=REACH
     )
     which = np.repeat(np.arange(config.sets), config.starts)
-    every = over_devices(end, at_once=None)((starts, which))
+    every = distribute(end, group=None)((starts, which))
     ends, values = (np.asarray(v).reshape(config.sets, config.starts, -1) for v in every)
     values = values[..., 0]
     best = values.min(axis=1, keepdims=True)
@@ -299,7 +299,7 @@ def _convex(surface: np.ndarray) -> bool:
 
 
 def _path(objective: Any, optimizer: Any, steps: int, x: Array, y: Array) -> np.ndarray:
-    whole = partial(descent, lambda b: objective(b, x, y), optimizer, steps=steps)
+    whole = partial(descend, lambda b: objective(b, x, y), optimizer, steps=steps)
     return np.asarray(jax.jit(whole)(jnp.array([-3.0, -1.0]))[1])
 
 

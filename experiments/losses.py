@@ -52,7 +52,7 @@ class Config:
     points: int = 25
     """Values of `delta` at which efficiency and breakdown are computed."""
     out: Path | None = None
-    """Where to write; results/losses by default."""
+    """The output folder; results/losses by default."""
     plots: bool = True
     """Draw the sheets."""
 
@@ -131,7 +131,7 @@ def check(result: Result) -> None:
 
 
 def show(result: Result, console: Console) -> None:
-    """The table."""
+    """Prints the table."""
     table = Table("family", "loss", "delta at 95 %", "at 50 %", "efficiency", "sensitivity")
     for name, loss in result.losses.items():
         fixed = ", ".join(f"{k}={v:g}" for k, v in EXAMPLES.get(name, {}).items())
@@ -155,7 +155,7 @@ def findings(result: Result) -> list[str]:
 
 
 def files(config: Config, result: Result) -> dict[str, bytes]:
-    """What goes into the output folder."""
+    """The files of the output folder."""
     numbers = {
         name: {
             field: value
@@ -172,7 +172,7 @@ def files(config: Config, result: Result) -> dict[str, bytes]:
 
 
 def folder(config: Config) -> Path:
-    """Where the results go."""
+    """The output folder."""
     return config.out or Path("results") / "losses"
 
 

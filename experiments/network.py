@@ -37,8 +37,8 @@ from experiments import (
     ignore_progress,
     require,
 )
-from experiments._devices import over_devices
-from experiments._linear_fits import compared
+from experiments._distribution import distribute
+from experiments._linear_fits import resolve_losses
 from experiments._losses import has_delta, set_delta, title, tune_delta
 from experiments.data import load
 
@@ -69,9 +69,9 @@ class Config:
     learning_rate: float = 3e-3
     """Of Adam; falls to 0."""
     seed: int = 0
-    """Of everything random."""
+    """The seed of all random numbers."""
     out: Path | None = None
-    """Where to write; results/network by default."""
+    """The output folder; results/network by default."""
     plots: bool = True
     """Draw the picture."""
 
@@ -124,7 +124,7 @@ def run(
 ) -> Result:
     """Trains every network."""
     check_settings(config)
-    config = replace(config, losses=compared(config.losses))
+    config = replace(config, losses=resolve_losses(config.losses))
     split = california(config.rows, config.seed)
     found = []
     for i, name in enumerate(config.losses):
@@ -159,7 +159,7 @@ def check(result: Result) -> None:
 
 
 def findings(result: Result) -> list[str]:
-    """What was found."""
+    """What the experiment finds."""
     end = result.errors[..., -1, :].mean(axis=2)
     mse, mae, huber = (result.losses.index(n) for n in ("squared_error", "absolute_error", "huber"))
     worst, share = -1, result.shares[-1]
@@ -181,7 +181,7 @@ def findings(result: Result) -> list[str]:
 
 
 def show(result: Result, console: Console) -> None:
-    """The table."""
+    """Prints the table."""
     table = Table(
         "training loss", *[f"{share:.0%} corrupted" for share in result.shares],
         title="On clean test rows: MAE / RMSE / median error, 100,000 dollars",
@@ -193,7 +193,7 @@ def show(result: Result, console: Console) -> None:
 
 
 def files(config: Config, result: Result) -> dict[str, bytes]:
-    """What goes into the output folder."""
+    """The files of the output folder."""
     end = result.errors[..., -1, :].mean(axis=2)
     written = {
         "result.json": _results.record(
@@ -215,7 +215,7 @@ def files(config: Config, result: Result) -> dict[str, bytes]:
 
 
 def folder(config: Config) -> Path:
-    """Where the results go."""
+    """The output folder."""
     return config.out or Path("results") / "network"
 
 
@@ -342,7 +342,7 @@ def trained(
     keys = jax.random.split(jax.random.key(config.seed), config.seeds)
     n = len(shares)
     every = jnp.repeat(jnp.asarray(shares), config.seeds), jnp.tile(keys, n)
-    found = jax.device_get(over_devices(one, at_once=None)(every))
+    found = jax.device_get(distribute(one, group=None)(every))
     return jax.tree.map(lambda x: x.reshape(n, config.seeds, *x.shape[1:]), found)
 
 

@@ -35,8 +35,8 @@ from experiments import (
     ignore_progress,
     require,
 )
-from experiments._devices import over_devices
-from experiments._linear_fits import compared, exactly, fit_each
+from experiments._distribution import distribute
+from experiments._linear_fits import fit_exact, fit_losses, resolve_losses
 from experiments._losses import title
 from robustloss.losses import redescending
 
@@ -74,7 +74,7 @@ class Config:
     seed: int = 0
     """Of the data."""
     out: Path | None = None
-    """Where to write; results/outliers by default."""
+    """The output folder; results/outliers by default."""
     plots: bool = True
     """Draw the picture."""
 
@@ -116,7 +116,7 @@ def run(
 ) -> Result:
     """Fits every data set by every loss."""
     _check(config)
-    config = replace(config, losses=compared(config.losses))
+    config = replace(config, losses=resolve_losses(config.losses))
     with jax.enable_x64(True):
         return _run(config, progress, cache)
 
@@ -131,7 +131,7 @@ def _run(config: Config, progress: Progress, cache: Cache) -> Result:
     total = len(everything.seed)
     key = jax.random.key(config.seed)
 
-    fits = over_devices(lambda one: fit_each(config.losses, *_data(config, key, one)))
+    fits = distribute(lambda one: fit_losses(config.losses, *_data(config, key, one)))
     params, converged, seconds = [], [], []
     for first in range(0, total, config.chunk):
         progress(0.9 * first / total, "fits by optax")
@@ -159,7 +159,7 @@ def _run(config: Config, progress: Progress, cache: Cache) -> Result:
     if config.sets_of_mm:
         progress(0.92, "MM-estimates")
         few = np.flatnonzero(sweep.seed < config.sets_of_mm)
-        mm = over_devices(lambda one: _mm(*_data(config, key, one)))
+        mm = distribute(lambda one: _mm(*_data(config, key, one)))
         found = cache("mm", lambda: {"params": mm(Sets(*(x[few] for x in sweep)))})
         by_place = np.linalg.norm(found["params"], axis=-1).reshape(*errors.shape[1:], -1)
         losses, errors = (*losses, MM), np.concatenate([errors, np.median(by_place, -1)[None]])
@@ -237,7 +237,7 @@ def theory(name: str) -> tuple[float, float]:
 
 
 def findings(result: Result) -> list[str]:
-    """What was found."""
+    """What the experiment finds."""
     broken = breakdown(result)
     i, at = result.losses.index("squared_error"), list(result.shares).index(min(result.shares[1:]))
     huber = result.losses.index("huber")
@@ -271,7 +271,7 @@ def findings(result: Result) -> list[str]:
 
 
 def show(result: Result, console: Console) -> None:
-    """The table."""
+    """Prints the table."""
     table = Table(
         "loss", *[f"{place}: measured, theory" for place in PLACES],
         title="Breakdown: the share of outliers at which a fit follows them",
@@ -291,7 +291,7 @@ def show(result: Result, console: Console) -> None:
 
 
 def files(config: Config, result: Result) -> dict[str, bytes]:
-    """What goes into the output folder."""
+    """The files of the output folder."""
     broken = {f"{name}, {place}": share for (name, place), share in breakdown(result).items()}
     written = {
         "result.json": _results.record(
@@ -309,7 +309,7 @@ def files(config: Config, result: Result) -> dict[str, bytes]:
 
 
 def folder(config: Config) -> Path:
-    """Where the results go."""
+    """The output folder."""
     return config.out or Path("results") / "outliers"
 
 
@@ -392,14 +392,14 @@ def _off(config: Config, key: Array, sets: Sets, b: np.ndarray) -> dict[str, flo
     some = np.linspace(0, len(sets.seed) - 1, 100).astype(int)
     off = {}
     for name in ("absolute_error", "huber"):
-        exact = over_devices(partial(_exact, config, key, name))(Sets(*(x[some] for x in sets)))
+        exact = distribute(partial(_exact, config, key, name))(Sets(*(x[some] for x in sets)))
         distance = np.max(np.abs(np.asarray(exact) - b[some, config.losses.index(name)]), axis=-1)
         off[name] = float(np.quantile(distance, 0.99))
     return off
 
 
 def _exact(config: Config, key: Array, name: str, one: Sets) -> Array:
-    return exactly(name, *_data(config, key, one))
+    return fit_exact(name, *_data(config, key, one))
 
 
 def _check(config: Config) -> None:

@@ -39,7 +39,7 @@ class Config:
     x: float = 3.0
     """Its input."""
     out: Path | None = None
-    """Where to write; results/sign by default."""
+    """The output folder; results/sign by default."""
     plots: bool = True
     """Draw the picture."""
 
@@ -112,7 +112,7 @@ def check(result: Result) -> None:
 
 
 def findings(result: Result) -> list[str]:
-    """What was found."""
+    """What the experiment finds."""
     low, high = result.chains
     return [
         f"The sign is dropped from the value and kept in the derivative: errors of -1 and +1 have "
@@ -127,7 +127,7 @@ def findings(result: Result) -> list[str]:
 
 
 def show(result: Result, console: Console) -> None:
-    """The tables."""
+    """Prints the tables."""
     table = Table("", "too low", "too high", title=f"One neuron: m(w) = w x, w = {result.w:g}")
     rows = {
         "x": [result.x] * 2,
@@ -149,7 +149,7 @@ def show(result: Result, console: Console) -> None:
 
 
 def files(config: Config, result: Result) -> dict[str, bytes]:
-    """What goes into the output folder."""
+    """The files of the output folder."""
     written = {
         "result.json": _results.record(
             config, chains=[c._asdict() for c in result.chains], textbook=result.textbook
@@ -161,7 +161,7 @@ def files(config: Config, result: Result) -> dict[str, bytes]:
 
 
 def folder(config: Config) -> Path:
-    """Where the results go."""
+    """The output folder."""
     return config.out or Path("results") / "sign"
 
 

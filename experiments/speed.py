@@ -71,7 +71,7 @@ class Config:
     seed: int = 0
     """Of the random numbers."""
     out: Path | None = None
-    """Where to write; results/speed by default."""
+    """The output folder; results/speed by default."""
 
 
 class Result(NamedTuple):
@@ -222,13 +222,13 @@ def _show_fits(result: Result, console: Console) -> None:
 
 
 def files(config: Config, result: Result) -> dict[str, bytes]:
-    """What goes into the output folder."""
+    """The files of the output folder."""
     fits = {name: timing._asdict() for name, timing in result.fits.items()}
     return {"result.json": _results.record(config, **{**result._asdict(), "fits": fits})}
 
 
 def folder(config: Config) -> Path:
-    """Where the results go."""
+    """The output folder."""
     return config.out or Path("results") / "speed"
 
 

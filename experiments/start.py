@@ -41,7 +41,7 @@ class Config:
     seed: int = 0
     """Of the random numbers."""
     out: Path | None = None
-    """Where to write; results/start by default."""
+    """The output folder; results/start by default."""
     plots: bool = True
     """Draw the picture."""
 
@@ -122,7 +122,7 @@ def check(result: Result) -> None:
 
 
 def show(result: Result, console: Console) -> None:
-    """The tables."""
+    """Prints the tables."""
     table = Table("fit", "intercept", "slope")
     for name, line in result.lines.items():
         table.add_row(name, *[f"{v:.3f}" for v in line])
@@ -138,7 +138,7 @@ def show(result: Result, console: Console) -> None:
 
 
 def findings(result: Result) -> list[str]:
-    """What was found."""
+    """What the experiment finds."""
     lowest, robust = result.minima[0], result.lines["MM: Tukey, from the S-estimate"]
     which = "is" if np.allclose(lowest, robust, atol=1e-4) else "is not"
     return [
@@ -150,7 +150,7 @@ def findings(result: Result) -> list[str]:
 
 
 def files(config: Config, result: Result) -> dict[str, bytes]:
-    """What goes into the output folder."""
+    """The files of the output folder."""
     written = {"result.json": _results.record(config, **result._asdict())}
     if config.plots:
         written["start.png"] = _results.render(plot(result))
@@ -158,7 +158,7 @@ def files(config: Config, result: Result) -> dict[str, bytes]:
 
 
 def folder(config: Config) -> Path:
-    """Where the results go."""
+    """The output folder."""
     return config.out or Path("results") / "start"
 
 

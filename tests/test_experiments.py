@@ -92,11 +92,11 @@ from dataclasses import replace
 import numpy as np
 from experiments import _results, outliers
 import jax, jax.numpy as jnp
-from experiments._devices import over_devices
-from experiments._linear_fits import fit_each
+from experiments._distribution import distribute
+from experiments._linear_fits import fit_losses
 result = outliers.run(replace(outliers.SMOKE, sets=3, losses=outliers.SMOKE.losses[:3]))
 with jax.enable_x64(True):
-    fits = over_devices(lambda b: fit_each(("squared_error", "huber"), b[:, :1], b[:, 1]))
+    fits = distribute(lambda b: fit_losses(("squared_error", "huber"), b[:, :1], b[:, 1]))
     text = fits.lower(jnp.ones((3, 9, 2))).compile().as_text()
 for word in ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
     assert word not in text, word
