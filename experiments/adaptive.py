@@ -1,8 +1,9 @@
 """Does a learned shape find the right loss?
 
-`general_nll` with its alpha and scale learned along with the model, beside fixed losses: on linear
-fits with the noise laws of `efficiency`, where it should be near the best of them each time without
-being told which; and on the network of `network` with corrupted targets.
+Compares `general_nll`, whose alpha and scale are learned along with the model, with fixed losses.
+The models are linear fits under the noise laws of `efficiency` and the network of `network` with
+corrupted targets. The learned shape should be near the best fixed loss under every law, though it
+does not know the law.
 """
 
 from __future__ import annotations
@@ -49,19 +50,19 @@ class Config:
     """Settings of `adaptive`."""
 
     rows: int = 400
-    """Of each data set."""
+    """Rows of each data set."""
     features: int = 4
-    """Of each data set, besides the intercept."""
+    """Features of each data set, without the intercept."""
     sets: int = 200
-    """Data sets of each law."""
+    """Data sets for each law."""
     steps: int = 600
-    """Of Adam, for the fits with a learned shape."""
+    """Steps of Adam in the fits with a learned shape."""
     seed: int = 0
     """The seed of all random numbers."""
     share: float = 0.2
-    """Of the network's training targets that are corrupted; 0 to 0.5."""
+    """The share of the network's training targets that is corrupted; 0 to 0.5."""
     train: networks.Config = networks.Config(epochs=12, seeds=2)  # noqa: RUF009  (frozen)
-    """How the network is trained; its losses, shares and seed are not used."""
+    """The settings of the network; its losses, shares and seed are not used."""
     out: Path | None = None
     """The output folder; results/adaptive by default."""
     plots: bool = True
@@ -75,11 +76,11 @@ SMOKE = Config(
 
 
 class Result(NamedTuple):
-    """By law and estimator, but for `names`, `laws` and what is of the network."""
+    """Arrays by law and estimator, and the errors of the network."""
 
     names: tuple[str, ...]
     laws: tuple[str, ...]
-    efficiency: np.ndarray  # the variance of MSE's fit over that of the estimator's
+    efficiency: np.ndarray  # variance of MSE's fit over variance of the estimator's fit
     alphas: np.ndarray  # by law and data set
     network: dict[str, float]  # the test MAE by training loss
     network_alpha: float
@@ -97,12 +98,14 @@ def run(
     train_settings = replace(config.train, seed=config.seed)
     networks.check_settings(train_settings)
     laws = tuple(LAWS)
-    which = np.repeat(np.arange(len(laws)), config.sets)
+    law_indices = np.repeat(np.arange(len(laws)), config.sets)
     seeds = np.tile(np.arange(config.sets), len(laws))
     with jax.enable_x64(True):
         progress(0.0, "linear fits")
-        both = distribute(partial(_both, config, laws))
-        found = cache("fits", lambda: dict(zip(("b", "alpha"), both((seeds, which)), strict=True)))
+        fits = distribute(partial(_fit_set, config, laws))
+        found = cache(
+            "fits", lambda: dict(zip(("b", "alpha"), fits((seeds, law_indices)), strict=True))
+        )
     square = np.sum(found["b"] ** 2, axis=-1).reshape(len(laws), config.sets, -1)
     variance = square.mean(1)
 
@@ -110,13 +113,13 @@ def run(
     split = networks.california(train_settings.rows, config.seed)
     network = {}
     for name in (*FIXED, LEARNED):
-        loss, learned = networks.robust(name) if name != LEARNED else _free_nll, None
+        loss, learned = networks.robust(name) if name != LEARNED else _unconstrained_nll, None
         if name == LEARNED:
             learned = {"alpha": jnp.zeros(()), "scale": jnp.log(networks.SPREAD)}
         train = partial(networks.trained, train_settings, split, loss, (config.share,))
         trained = cache(f"network-{name}", partial(train, learned=learned))
         network[name] = float(np.mean(trained["errors"][..., -1, 0]))
-    alpha, _ = _alpha_and_scale(trained)
+    alpha, _ = _constrain(trained)
     return Result(
         (*FIXED, LEARNED), laws, variance[:, :1] / variance,
         found["alpha"].reshape(len(laws), config.sets), network, float(np.mean(alpha)),
@@ -124,11 +127,14 @@ def run(
 
 
 def check(result: Result) -> None:
-    """The learned shape is near the best fixed one under every law, and orders the tails."""
+    """The learned shape is near the best fixed loss under every law and larger for light tails."""
     learned = result.efficiency[:, -1]
     best = result.efficiency[:, :-1].max(axis=1)
-    for law, got, want in zip(result.laws, learned, best, strict=True):
-        require(got > 0.75 * want, f"on {law} noise: {got:.2f} of MSE's, the best has {want:.2f}")
+    for law, value, highest in zip(result.laws, learned, best, strict=True):
+        require(
+            value > 0.75 * highest,
+            f"on {law} noise the efficiency is {value:.2f}, that of the best loss {highest:.2f}",
+        )
     typical = dict(zip(result.laws, np.median(result.alphas, axis=1), strict=True))
     require(typical["normal"] > 1.5, f"alpha on normal noise is {typical['normal']:.2f}")
     others = [alpha for law, alpha in typical.items() if law != "normal"]
@@ -143,14 +149,14 @@ def findings(result: Result) -> list[str]:
     typical = np.median(result.alphas, axis=1)
     alphas = ", ".join(f"{a:.2f} ({law})" for a, law in zip(typical, result.laws, strict=True))
     share = (result.efficiency[:, -1] / result.efficiency[:, :-1].max(axis=1)).min()
-    n = result.network
+    errors = result.network
     return [
-        f"The learned alpha is {alphas}: 2 is normal, 0 Cauchy. Without being told the law, the "
-        f"fit has at least {share:.0%} of the efficiency of the best of "
+        f"The learned alpha is {alphas}: 2 is normal, 0 Cauchy. The fit does not know the law, and "
+        f"has at least {share:.0%} of the efficiency of the best of "
         f"{', '.join(title(name) for name in FIXED)}.",
-        f"On the network with corrupted targets it learns alpha = {result.network_alpha:.2f} and a "
-        f"test MAE of {n[LEARNED]:.2f}, where MSE has {n['squared_error']:.2f}, Huber "
-        f"{n['huber']:.2f} and Cauchy {n['cauchy']:.2f} (100,000 dollars).",
+        f"The network with corrupted targets learns alpha = {result.network_alpha:.2f}. Its test "
+        f"MAE is {errors[LEARNED]:.2f}; that of MSE is {errors['squared_error']:.2f}, of Huber "
+        f"{errors['huber']:.2f} and of Cauchy {errors['cauchy']:.2f} (100,000 dollars).",
     ]
 
 
@@ -183,22 +189,23 @@ def folder(config: Config) -> Path:
 
 
 def plot(result: Result) -> Figure:
-    """Efficiencies by law, and the alphas that were learned."""
+    """Efficiencies by law, and the learned alphas."""
     with mpl.rc_context(_plotting.STYLE):
         figure = Figure(figsize=(11, 4.4))
         left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
         width = 0.8 / len(result.names)
         for j, name in enumerate(result.names):
-            at = np.arange(len(result.laws)) + (j - (len(result.names) - 1) / 2) * width
+            x = np.arange(len(result.laws)) + (j - (len(result.names) - 1) / 2) * width
             left.bar(
-                at, result.efficiency[:, j], 0.9 * width,
+                x, result.efficiency[:, j], 0.9 * width,
                 color=_plotting.get_color("general_nll" if name == LEARNED else name),
                 label=name if name == LEARNED else title(name),
             )  # fmt: skip
         left.axhline(1, color="0.5", lw=0.8)
         left.set_xticks(range(len(result.laws)), result.laws)
         left.set(
-            title="A learned shape is near the best each time", ylabel="efficiency relative to MSE",
+            title="A learned shape is near the best fixed loss",
+            ylabel="efficiency relative to MSE",
             ylim=(0, 1.25 * result.efficiency.max()),
         )  # fmt: skip
         left.legend(loc="upper left", ncols=3, fontsize=10)
@@ -208,14 +215,16 @@ def plot(result: Result) -> Figure:
                 lw=2, label=law,
             )  # fmt: skip
         right.set(
-            title="What alpha it learns", xlabel="alpha (2: normal, 0: Cauchy)",
+            title="Learned alpha", xlabel="alpha (2: normal, 0: Cauchy)",
             ylabel="data sets below, %", xlim=(0, 2),
         )  # fmt: skip
         right.legend(loc="center", bbox_to_anchor=(0.63, 0.5), fontsize=10)
         return figure
 
 
-def _both(config: Config, laws: tuple[str, ...], item: tuple[Array, Array]) -> tuple[Array, Array]:
+def _fit_set(
+    config: Config, laws: tuple[str, ...], item: tuple[Array, Array]
+) -> tuple[Array, Array]:
     seed, law = item
     for_X, for_y = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), seed))
     X = jax.random.normal(for_X, (config.rows, config.features))
@@ -225,27 +234,27 @@ def _both(config: Config, laws: tuple[str, ...], item: tuple[Array, Array]) -> t
 
     y = jax.lax.switch(law, [partial(draw, name) for name in laws], for_y)
     fixed, _ = fit_losses(FIXED, X, y)
-    b, alpha = _learned(config.steps, X, y, fixed[FIXED.index("huber")])
+    b, alpha = _fit_learned(config.steps, X, y, fixed[FIXED.index("huber")])
     return jnp.concatenate([fixed, b[None]]), alpha
 
 
-def _learned(steps: int, X: Array, y: Array, start: Array) -> tuple[Array, Array]:
-    """The parameters and alpha at the minimum of the mean `general_nll`, from a robust start."""
+def _fit_learned(steps: int, X: Array, y: Array, start: Array) -> tuple[Array, Array]:
+    """The parameters and alpha that minimise the mean `general_nll`, from a robust start."""
     optimizer = optax.adam(optax.cosine_decay_schedule(0.05, steps))
 
     def objective(params: Any) -> Array:
-        return jnp.mean(_free_nll(params["b"][0] + X @ params["b"][1:], y, params))
+        return jnp.mean(_unconstrained_nll(params["b"][0] + X @ params["b"][1:], y, params))
 
     start = {"b": start, "alpha": jnp.zeros(()), "scale": jnp.zeros(())}
     params, _ = descend(objective, optimizer, start, steps)
-    return params["b"], _alpha_and_scale(params)[0]
+    return params["b"], _constrain(params)[0]
 
 
-def _alpha_and_scale(free: Any) -> tuple[Array, Array]:
-    """Free numbers mapped into the domain, off the ends, where derivatives are not finite."""
-    return 0.001 + 1.998 * jax.nn.sigmoid(free["alpha"]), jnp.exp(free["scale"])
+def _constrain(unconstrained: Any) -> tuple[Array, Array]:
+    """Alpha in (0.001, 1.999), where all derivatives are finite, and a positive scale."""
+    return 0.001 + 1.998 * jax.nn.sigmoid(unconstrained["alpha"]), jnp.exp(unconstrained["scale"])
 
 
-def _free_nll(predictions: Array, targets: Array, free: Any) -> Array:
-    alpha, scale = _alpha_and_scale(free)
+def _unconstrained_nll(predictions: Array, targets: Array, unconstrained: Any) -> Array:
+    alpha, scale = _constrain(unconstrained)
     return rl.general_nll(predictions, targets, alpha=alpha, scale=scale)
