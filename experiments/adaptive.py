@@ -110,13 +110,13 @@ def run(
     variance = square.mean(1)
 
     progress(0.6, "networks")
-    split = networks.california(train_settings.rows, config.seed)
+    split = networks.load_split(train_settings.rows, config.seed)
     network = {}
     for name in (*FIXED, LEARNED):
-        loss, learned = networks.robust(name) if name != LEARNED else _unconstrained_nll, None
+        loss, learned = networks.tune_loss(name) if name != LEARNED else _unconstrained_nll, None
         if name == LEARNED:
             learned = {"alpha": jnp.zeros(()), "scale": jnp.log(networks.SPREAD)}
-        train = partial(networks.trained, train_settings, split, loss, (config.share,))
+        train = partial(networks.train_networks, train_settings, split, loss, (config.share,))
         trained = cache(f"network-{name}", partial(train, learned=learned))
         network[name] = float(np.mean(trained["errors"][..., -1, 0]))
     alpha, _ = _constrain(trained)
@@ -226,13 +226,13 @@ def _fit_set(
     config: Config, laws: tuple[str, ...], item: tuple[Array, Array]
 ) -> tuple[Array, Array]:
     seed, law = item
-    for_X, for_y = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), seed))
-    X = jax.random.normal(for_X, (config.rows, config.features))
+    X_key, y_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), seed))
+    X = jax.random.normal(X_key, (config.rows, config.features))
 
     def draw(name: str, key: Array) -> Array:
         return LAWS[name].draw(key, (config.rows,)) / LAWS[name].unit
 
-    y = jax.lax.switch(law, [partial(draw, name) for name in laws], for_y)
+    y = jax.lax.switch(law, [partial(draw, name) for name in laws], y_key)
     fixed, _ = fit_losses(FIXED, X, y)
     b, alpha = _fit_learned(config.steps, X, y, fixed[FIXED.index("huber")])
     return jnp.concatenate([fixed, b[None]]), alpha

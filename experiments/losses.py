@@ -1,8 +1,8 @@
 """What does each loss look like, and what does its tuning constant buy?
 
-A sheet per family: the loss, its influence, its weight and its curvature, each at the `delta`
-for 95 % efficiency at the normal; and what a `delta` buys, efficiency and the breakdown point of
-the S-estimate. A table has the constants.
+Draws a sheet for each family: the losses, influences, weights and curvatures, at the `delta` for
+95 % efficiency at the normal; and, as functions of `delta`, the efficiency and the breakdown point
+of the S-estimate. Prints a table of the constants.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ VIEWS: dict[str, Callable[..., jax.Array]] = {
     r"weight $w = \psi / r$": rl.weight,
     r"curvature $\rho''$": rl.curvature,
 }
-PUBLISHED = {  # at 95 % efficiency and at 50 % breakdown
+PUBLISHED = {  # `delta` for 95 % efficiency and for 50 % breakdown
     "huber": (1.344998, None),
     "log_cosh": (1.204707, None),
     "pseudo_huber": (1.287099, None),
@@ -50,7 +50,7 @@ class Config:
     """Settings of `losses`."""
 
     points: int = 25
-    """Values of `delta` at which efficiency and breakdown are computed."""
+    """Number of values of `delta` at which efficiency and breakdown are computed."""
     out: Path | None = None
     """The output folder; results/losses by default."""
     plots: bool = True
@@ -58,15 +58,15 @@ class Config:
 
 
 class Loss(NamedTuple):
-    """One loss."""
+    """The constants and curves of one loss."""
 
     family: str
     at_95: float  # the delta for 95 % efficiency; NaN: none
     at_50: float  # the delta for 50 % breakdown; NaN: none
-    efficiency: float  # of the loss at at_95, or of the loss without a delta
-    sensitivity: float  # there too
+    efficiency: float  # at at_95, or of a loss without a delta
+    sensitivity: float  # gross-error sensitivity at the same delta
     curves: np.ndarray  # (views, residuals)
-    efficiencies: np.ndarray  # at each of the result's deltas; NaN without a delta
+    efficiencies: np.ndarray  # at the deltas of the result; empty without a delta
     breakdowns: np.ndarray
 
 
@@ -74,7 +74,7 @@ SMOKE = Config()
 
 
 class Result(NamedTuple):
-    """All of them, in units of the standard deviation of normal errors."""
+    """All losses, in units of the standard deviation of normal errors."""
 
     residuals: np.ndarray
     deltas: np.ndarray
@@ -118,8 +118,11 @@ def check(result: Result) -> None:
         if loss.family == "convex":
             require(np.all(np.diff(psi) >= -1e-12), f"the influence of {name} decreases")
         if loss.family == "redescending":
-            far = set_delta(name, 1.0)
-            require(abs(rl.influence(far, 1e6)) < 1e-5, f"the influence of {name} stays")
+            unit_loss = set_delta(name, 1.0)
+            require(
+                abs(rl.influence(unit_loss, 1e6)) < 1e-5,
+                f"the influence of {name} does not return to 0",
+            )
             require(np.isfinite(loss.sensitivity), f"the influence of {name} is not bounded")
         if loss.family in ("convex", "redescending"):
             require(np.allclose(psi, -psi[::-1]), f"the influence of {name} is not odd")
@@ -146,11 +149,11 @@ def show(result: Result, console: Console) -> None:
 
 
 def findings(result: Result) -> list[str]:
-    """How to read the table."""
+    """An explanation of the table."""
     return [
         "delta at 95 %: for 95 % efficiency of the M-estimate at the normal; at 50 %: for a "
-        "breakdown point of 50 % of the S-estimate, which only a bounded loss has. Efficiency and "
-        "sensitivity are those at the first of these, or of the loss as it is where it has none."
+        "breakdown point of 50 % of the S-estimate, which requires a bounded loss. Efficiency and "
+        "sensitivity are those at the delta for 95 %; a loss without such a delta has its own."
     ]
 
 
@@ -183,16 +186,16 @@ def plot(result: Result) -> dict[str, Figure]:
         for family in families.FAMILIES:
             name = family.__name__.rsplit(".", 1)[-1]
             members = {n: loss for n, loss in result.losses.items() if loss.family == name}
-            sheets[name] = _sheet(name, members, result)
+            sheets[name] = _draw_sheet(name, members, result)
     return sheets
 
 
-def _sheet(family: str, members: dict[str, Loss], result: Result) -> Figure:
+def _draw_sheet(family: str, members: dict[str, Loss], result: Result) -> Figure:
     figure = Figure(figsize=(12, 7.2))
     panels = figure.subplots(2, 3)
     styles = {name: _plotting.get_line(name) for name in members}
-    bends = np.max([loss.curves[3].max() for loss in members.values()])
-    top = 2.2 if bends > 1 else 1.1
+    highest = np.max([loss.curves[3].max() for loss in members.values()])
+    top = 2.2 if highest > 1 else 1.1
     limits = ((-0.3, 9), (-4, 4), (-0.03 * top, top), (-1.1, top))
     for axes, view, i, limit in zip(
         (panels[0, 0], panels[0, 1], panels[1, 0], panels[1, 1]), VIEWS, range(4), limits,
@@ -201,31 +204,31 @@ def _sheet(family: str, members: dict[str, Loss], result: Result) -> Figure:
         for name, loss in members.items():
             axes.plot(result.residuals, loss.curves[i], lw=2, label=title(name), **styles[name])
         axes.set(title=view, ylim=limit, xlim=(-7, 7), xlabel="residual / standard deviation")
-    _against_delta(panels[0, 2], members, styles, result, "efficiencies")
+    _draw_deltas(panels[0, 2], members, styles, result, "efficiencies")
     panels[0, 2].axhline(0.95, color="0.7", lw=1, zorder=0)
     panels[0, 2].set(title="efficiency at the normal", ylim=(0, 1.02))
-    _against_delta(panels[1, 2], members, styles, result, "breakdowns")
+    _draw_deltas(panels[1, 2], members, styles, result, "breakdowns")
     panels[1, 2].set(title="breakdown of the S-estimate", ylim=(0, 0.52))
     if not panels[1, 2].lines:
         panels[1, 2].clear()
         panels[1, 2].axis("off")
-        words = "No loss here is bounded, so none\ndefines an S-estimate that resists:\nbreakdown 0"
-        panels[1, 2].text(0.5, 0.5, words, ha="center", va="center", color="0.4", fontsize=12)
+        note = "No loss of this family is bounded:\nits S-estimate has\nbreakdown point 0"
+        panels[1, 2].text(0.5, 0.5, note, ha="center", va="center", color="0.4", fontsize=12)
     handles = panels[0, 0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=7)
-    figure.suptitle(HEADLINES[family], x=0.01, ha="left", fontweight="bold", fontsize=14)
+    figure.suptitle(TITLES[family], x=0.01, ha="left", fontweight="bold", fontsize=14)
     return figure
 
 
-def _against_delta(
+def _draw_deltas(
     axes: Axes, members: dict[str, Loss], styles: dict[str, dict[str, object]], result: Result,
-    of: str,
+    field: str,
 ) -> None:  # fmt: skip
     for name, loss in members.items():
-        values = getattr(loss, of)
+        values = getattr(loss, field)
         if len(values):
             x = result.deltas
-            if of == "breakdowns":  # with the peak, which no grid hits
+            if field == "breakdowns":  # adds the peak, which is between points of the grid
                 x, values = np.r_[x, loss.at_50], np.r_[values, 0.5]
             order = np.argsort(x)
             axes.plot(x[order], values[order], lw=2, **styles[name])
@@ -233,9 +236,9 @@ def _against_delta(
     axes.set_xticks([0.1, 0.3, 1, 3, 10], ["0.1", "0.3", "1", "3", "10"])
 
 
-HEADLINES = {
-    "convex": "Convex losses: the influence never falls, every residual keeps a say",
-    "redescending": "Redescending losses: far enough away, a point has no say at all",
+TITLES = {
+    "convex": "Convex losses: the influence never decreases, so every residual counts",
+    "redescending": "Redescending losses: the influence of a far point returns to 0",
     "asymmetric": "Asymmetric losses, q = 0.75: too low a prediction costs three times as much",
-    "adaptive": "Adaptive losses: one alpha runs through the others",
+    "adaptive": "Adaptive losses: alpha selects the shape of the loss",
 }
