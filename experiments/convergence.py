@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import Progress, UsageError, _plotting, _results, ignore_progress, require
-from experiments._descend_rule import descend
+from experiments._descent import descend
 from experiments._linear_fits import fit_exact
 from experiments._losses import has_delta, set_delta, title, tune_delta
 

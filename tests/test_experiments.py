@@ -477,8 +477,8 @@ def test_start_decides_where_a_fit_ends():
 def test_speed_of_fits_runs():
     from experiments import _fit_speed
 
-    case = _fit_speed.cases(10_000)[0]
-    timing = _fit_speed.timed(case._replace(peers={"peer": lambda X, y: 1.0}), 2)
+    case = _fit_speed.build_cases(10_000)[0]
+    timing = _fit_speed.time_case(case._replace(peers={"peer": lambda X, y: 1.0}), 2)
     assert timing.converged
     assert timing.error < 1e-7
     assert len(timing.peers["peer"]) == 2
