@@ -124,7 +124,7 @@ def errors(
             value = float(values[k])
             ulp = off_by(value, true, change, dtype)
             if name == "general" and numbers[1] > 2 and np.isfinite(ulp):
-                ulp = 0.0  # alpha > 2 promises only that no NaN or infinity is false
+                ulp = 0.0  # the promise for alpha > 2 is only that no NaN or infinity is false
             yield DerivativeError(ulp, arguments, numbers, value, float(true))
 
 

@@ -202,7 +202,7 @@ def _talwar(r: Series, d: Series) -> Series:
 
 
 def _general(r: Series, alpha: Series, d: Series) -> Series:
-    """At alpha = 2 without the derivatives in alpha, which are infinite."""
+    """The general loss; at alpha = 2, the derivatives in alpha are infinite and left out."""
     z = (r / d) ** 2
     if mp.isinf(alpha.value):
         sign = mp.sign(alpha.value)
@@ -244,8 +244,8 @@ def _student_t_normaliser(df: mpf) -> list[mpf]:
 
 
 def _general_nll(r: Series, alpha: Series, s: Series) -> Series:
-    one = 0 * s + 1
-    distance = _general(r / s, alpha, one)
+    unit_scale = 0 * s + 1
+    distance = _general(r / s, alpha, unit_scale)
     return distance + log(s) + alpha.compose(_log_partition(alpha.value))
 
 

@@ -86,7 +86,7 @@ class Config:
     others: bool = True
     """The losses of optax too."""
     points: int = 100
-    """The number of points, for each loss and precision, at which derivatives meet mpmath."""
+    """The number of points, for each loss and precision, for the derivatives."""
     out: Path | None = None
     """The output folder; results/accuracy by default."""
 

@@ -48,7 +48,7 @@ class Config:
     target: str | None = None
     """The column of --csv to predict."""
     features: tuple[str, ...] = ()
-    """The columns of --csv to predict it from; all others by default."""
+    """The columns of --csv to predict the target from; all others by default."""
     drop_missing: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Leave out the rows of --csv with blanks instead of refusing the file."""
     losses: tuple[str, ...] = COMPARED
@@ -149,7 +149,7 @@ def files(config: Config, result: Result) -> dict[str, bytes]:
 
 
 def plot(result: Result) -> dict[str, Figure]:
-    """`fit`: the data with the fits; `weights`: those of the rows; `losses`: the curves."""
+    """`fit`: the data with the fits; `weights`: the weights of the rows; `losses`: the curves."""
     with mpl.rc_context(_plotting.STYLE):
         lines = len(result.data.features) == 1
         return {

@@ -102,10 +102,10 @@ def _run(config: Config, progress: Progress) -> Result:
         progress(0.7 * i / len(LOSSES), title(name))
         objective = partial(_objective, name, A, y)
         for rule, (transform, size) in RULES.items():
-            both = jax.jit(jax.vmap(partial(_descend_rule, objective, transform, start)))(
+            schedule_paths = jax.jit(jax.vmap(partial(_descend_rule, objective, transform, start)))(
                 size * factors
             )
-            for schedule, path in zip(SCHEDULES, both, strict=True):
+            for schedule, path in zip(SCHEDULES, schedule_paths, strict=True):
                 paths[name, rule, schedule] = _distance(path, optima[name])
         descend_lbfgs = partial(descend, objective, LBFGS, steps=config.steps // 10)
         path = jax.jit(descend_lbfgs)(start)[1]

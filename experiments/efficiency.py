@@ -227,20 +227,20 @@ def check(result: Result) -> None:
 
 def findings(result: Result) -> list[str]:
     """What the experiment finds."""
-    at = {
+    texts = {
         (law, name): f"{result.measured[i, j]:.2f} ± {result.errors[i, j]:.2f}"
         for i, law in enumerate(result.laws)
         for j, name in enumerate(result.losses)
     }
     return [
-        f"On normal noise MAE has {at['normal', 'absolute_error']} of MSE's efficiency (theory: "
-        f"{result.theory[0, result.losses.index('absolute_error')]:.3f}) and Huber's loss "
-        f"{at['normal', 'huber']} (0.950): for MSE's accuracy MAE needs half as many rows again, "
-        "Huber's loss a twentieth.",
-        f"On Laplace noise MAE has {at['Laplace', 'absolute_error']} times MSE's efficiency with "
-        f"{result.rows} rows; it approaches the limit 2 as rows^-1/2. On noise of which a tenth is "
-        "five times as wide, Huber's loss has "
-        f"{at['10 % with 5 sd', 'huber']} times MSE's efficiency.",
+        f"On normal noise MAE has {texts['normal', 'absolute_error']} of MSE's efficiency "
+        f"(theory: {result.theory[0, result.losses.index('absolute_error')]:.3f}) and Huber's loss "
+        f"{texts['normal', 'huber']} (0.950): for MSE's accuracy MAE needs half as many rows "
+        "again, Huber's loss a twentieth.",
+        f"On Laplace noise MAE has {texts['Laplace', 'absolute_error']} times MSE's efficiency "
+        f"with {result.rows} rows; the efficiency approaches 2 as rows^-1/2. "
+        "On noise of which a tenth is five times as wide, Huber's loss has "
+        f"{texts['10 % with 5 sd', 'huber']} times MSE's efficiency.",
         f"{result.fits:,} fits, {result.unconverged:.2%} unconverged; every efficiency but that of "
         "MAE on Laplace noise is within 4 standard errors of the asymptotic theory.",
     ]

@@ -93,10 +93,10 @@ def check(result: Result) -> None:
     require(np.isnan(ours["NaN"]).all(), "our slope is not NaN at NaN")
     require(ours["inf"] == (1, 1), "our slope is not 1 at infinity")
     require(ours["-inf"] == (-1, -1), "our slope is not -1 at -infinity")
-    for task, _, peer, ours_value, truth in result.losses:
+    for task, _, peer, own, truth in result.losses:
         require(
-            _relative_error(ours_value, truth) <= min(1e-2, _relative_error(peer, truth)),
-            f"{task}: {ours_value}",
+            _relative_error(own, truth) <= min(1e-2, _relative_error(peer, truth)),
+            f"{task}: {own}",
         )
     require(result.descent["kink = 0"].max() == 0, "with kink 0 an exact fit does not rest")
     require(result.descent["kink = 1"][1::2].min() > 0, "with kink 1 an exact fit rests")

@@ -109,7 +109,7 @@ def run(
         name
         for name in rl.LOSSES
         if fix_parameters(name)(0.0) == 0
-        and name not in asymmetric.__all__  # these fit something else
+        and name not in asymmetric.__all__  # these fit quantiles or expectiles
     )
     for name in config.losses:
         if name not in known:

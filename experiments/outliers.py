@@ -45,7 +45,7 @@ LOSSES = (
 )  # fmt: skip
 PLACES = ("in y", "at leverage points")
 FAR = 10.0  # the place of leverage points, in standard deviations of the column
-LIMIT = 15.0  # the range over which the row of the sensitivity curves is moved
+LIMIT = 15.0  # the largest |y| of the row of the sensitivity curves
 MM = "mm"
 
 
@@ -68,7 +68,7 @@ class Config:
     sets: int = 36
     """Data sets for each share, size and place."""
     sets_of_mm: int = 4
-    """The number of data sets, among these, that get an MM-estimate too; 0 for none."""
+    """Data sets with an MM-estimate for each share, size and place; 0 for none."""
     chunk: int = 3010
     """Data sets in one compiled call."""
     seed: int = 0
@@ -251,7 +251,7 @@ def findings(result: Result) -> list[str]:
     size = result.sizes[-1]
     sentences = [
         f"{count} outlier{'s' if count > 1 else ''} among {result.rows} rows, {size:g} standard "
-        f"deviations off, move{'s' * (count == 1)} MSE's fit to a distance of "
+        f"deviations from the truth, move{'s' * (count == 1)} MSE's fit to a distance of "
         f"{result.errors[i, 0, smallest, -1]:.2g} from the truth, Huber's to "
         f"{result.errors[huber, 0, smallest, -1]:.2g}; without outliers both are at "
         f"{result.errors[huber, 0, 0, -1]:.2g}.",
@@ -345,7 +345,7 @@ def plot(result: Result) -> Figure:
             top.set_ylim(0.08, 2 * result.errors.max())
             bottom.axhline(0, color="0.8", lw=0.8, zorder=0)
         axes[0, 0].set(
-            title=f"{result.sizes[-1]:g} sd off in y: MSE breaks",
+            title=f"{result.sizes[-1]:g} sd in y: MSE breaks",
             ylabel="median error of the fit, sd of the noise",
         )
         axes[0, 1].set(title=f"At x = {FAR:g} sd: all break but MM")

@@ -157,7 +157,7 @@ def check(result: Result) -> None:
             if faster < limit:
                 missed.append(f"{name} is {faster:.1f} times as fast as {peer}, not {limit}")
         if timing.error is not None and not timing.error <= ERROR_LIMIT:
-            missed.append(f"{name} is off by {timing.error:.1e}, not {ERROR_LIMIT}")
+            missed.append(f"the error of {name} is {timing.error:.1e}, not {ERROR_LIMIT}")
     if result.growth:
         first, *_, last = result.growth
         ratio = result.growth[last] / result.growth[first] / (last / first)

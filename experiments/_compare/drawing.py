@@ -13,7 +13,7 @@ from experiments._compare.fitting import Result
 from experiments._compare.wording import LOW, describe_ratio
 from experiments._losses import set_delta, title
 
-FEW = 80  # up to this number, rows are distinguishable along an axis
+MAX_POINTS = 80  # up to this number, rows are distinguishable along an axis
 
 
 def draw_lines(result: Result) -> Figure:
@@ -46,7 +46,7 @@ def draw_residuals(result: Result) -> Figure:
     figure = Figure(figsize=(9, 1.2 + 1.5 * count))
     panels = np.atleast_1d(figure.subplots(count, 1, sharex=True, sharey=True))
     scaled = -result.residuals / result.scale
-    many = len(data.y) > FEW
+    many = len(data.y) > MAX_POINTS
     limit = 1.3 * np.quantile(np.abs(scaled), 0.9995 if many else 1.0)
     for axes, name, values, weights in zip(
         panels, result.losses, scaled, result.weights, strict=True
@@ -54,9 +54,9 @@ def draw_residuals(result: Result) -> Figure:
         color = _plotting.get_color(name)
         axes.axhline(0, color="0.7", lw=1)
         if many:
-            _draw_many(axes, data.rows, values, limit, color)
+            _draw_dots(axes, data.rows, values, limit, color)
         else:
-            _draw_few(axes, data.rows, values, weights < LOW, color)
+            _draw_stems(axes, data.rows, values, weights < LOW, color)
         axes.set_ylabel(title(name))
     panels[0].set_ylim(-limit, limit)
     key = "triangles: beyond the frame" if many else "hollow: low weight"
@@ -66,7 +66,7 @@ def draw_residuals(result: Result) -> Figure:
     return figure
 
 
-def _draw_many(axes: Axes, rows: np.ndarray, values: np.ndarray, limit: float, color: str) -> None:
+def _draw_dots(axes: Axes, rows: np.ndarray, values: np.ndarray, limit: float, color: str) -> None:
     style = {"color": color, "rasterized": True, "lw": 0}
     axes.plot(rows, values, marker=".", ms=2, alpha=0.3, mew=0, **style)
     for sign, marker in ((1, "^"), (-1, "v")):
@@ -74,7 +74,7 @@ def _draw_many(axes: Axes, rows: np.ndarray, values: np.ndarray, limit: float, c
         axes.plot(rows[beyond], np.full(beyond.sum(), 0.96 * sign * limit), marker, **style)
 
 
-def _draw_few(
+def _draw_stems(
     axes: Axes, rows: np.ndarray, values: np.ndarray, low: np.ndarray, color: str
 ) -> None:
     axes.vlines(rows, 0, values, color=color, lw=1.5)
@@ -92,7 +92,7 @@ def draw_weights(result: Result) -> Figure:
     data = result.data
     figure = Figure(figsize=(9, 4))
     axes = figure.subplots()
-    if len(data.y) > FEW:
+    if len(data.y) > MAX_POINTS:
         share = np.linspace(0, 100, len(data.y))
         for name, weights in zip(result.losses, result.weights, strict=True):
             line = _plotting.get_line(name)

@@ -31,17 +31,17 @@ def findings(result: Result) -> list[str]:
             f"{' to '.join(dict.fromkeys(ends))} of a typical row's; in MSE's every row counts in "
             "full, and the largest residual pulls most."
         )
-    far = _find_far_rows(result.data)
+    far_rows = _find_far_rows(result.data)
     if robust:
         near = np.abs(result.residuals[result.losses.index(robust)]) < 3 * result.scale
-        far = np.intersect1d(far, result.data.rows[near])
-    if robust and len(far):
-        one = len(far) == 1
+        far_rows = np.intersect1d(far_rows, result.data.rows[near])
+    if robust and len(far_rows):
+        single = len(far_rows) == 1
         sentences.append(
-            f"The leverage point{' ' if one else 's '}near {title(robust)}'s fit "
-            f"{'is' if one else 'are'} {_list_rows(far)}. No convex loss distinguishes a bad "
-            "leverage point from a good one, and a bad one attracts every convex fit: check "
-            f"{'this row' if one else 'these rows'} before you trust a number in this result."
+            f"The leverage point{' ' if single else 's '}near {title(robust)}'s fit "
+            f"{'is' if single else 'are'} {_list_rows(far_rows)}. No convex loss distinguishes a "
+            "bad leverage point from a good one, and a bad one attracts every convex fit: check "
+            f"{'this row' if single else 'these rows'} before you trust a number in this result."
         )
     for name, converged, kinked, steps, drift in zip(
         result.losses, result.converged, result.kinked, result.steps, result.drifts, strict=True

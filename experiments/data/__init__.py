@@ -352,11 +352,11 @@ def _count_nouns(n: int, noun: str) -> str:
     return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
-def _quote(text: str, longest: int = 60) -> str:
+def _quote(text: str, limit: int = 60) -> str:
     """The quoted input of a user, on one line and truncated."""
-    return repr(text if len(text) <= longest else f"{text[: longest - 3]}...")
+    return repr(text if len(text) <= limit else f"{text[: limit - 3]}...")
 
 
-def _list_names(header: list[str], most: int = 20) -> str:
-    more = [f"{len(header) - most} more"] if len(header) > most else []
-    return ", ".join([_quote(name) for name in header[:most]] + more)
+def _list_names(header: list[str], limit: int = 20) -> str:
+    more = [f"{len(header) - limit} more"] if len(header) > limit else []
+    return ", ".join([_quote(name) for name in header[:limit]] + more)
