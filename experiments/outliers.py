@@ -342,13 +342,13 @@ def plot(result: Result) -> Figure:
             bottom.set(xlabel="y of the one row, in standard deviations of the noise")
             reach = 1.1 * np.abs(result.curves[0, j]).max()
             bottom.set_ylim(-reach, reach)
-            top.set_ylim(0.08, 2 * result.errors.max())
+            top.set_ylim(min(0.08, 0.8 * result.errors.min()), 2 * result.errors.max())
             bottom.axhline(0, color="0.8", lw=0.8, zorder=0)
         axes[0, 0].set(
-            title=f"{result.sizes[-1]:g} sd in y: MSE breaks",
+            title=f"Outliers at y = {result.sizes[-1]:g} sd: MSE breaks",
             ylabel="median error of the fit, sd of the noise",
         )
-        axes[0, 1].set(title=f"At x = {FAR:g} sd: all break but MM")
+        axes[0, 1].set(title=f"Outliers at x = {FAR:g} sd: all break but MM")
         axes[1, 0].set(
             title="One row moved in y", ylabel="rows x change of the parameter, sd of the noise"
         )
