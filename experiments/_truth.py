@@ -1,8 +1,8 @@
 """The textbook formulas of the losses in mpmath, with all derivatives to third order.
 
-A `Series` is a Taylor series in several variables, cut off after the third order. Losses are
-written for it as for numbers; arithmetic then gives exact derivatives, with no differences taken.
-With `DIGITS` digits, what cancels in a formula leaves enough of them.
+A `Series` is a Taylor series in several variables, truncated after the third order. A formula
+that takes numbers also takes series, and then gives exact derivatives without finite differences.
+The arithmetic has `DIGITS` digits, enough to survive the cancellation in the formulas.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Index = tuple[int, ...]
 
 @cache
 def _products(variables: int) -> tuple[list[Index], list[tuple[int, int, int]]]:
-    """The orders of the coefficients, and which two multiply into which."""
+    """The orders of the coefficients, and the triples (i, j, k) with i times j equal to k."""
     orders = [i for i in itertools.product(range(ORDER + 1), repeat=variables) if sum(i) <= ORDER]
     orders.sort(key=sum)
-    at = {order: k for k, order in enumerate(orders)}
+    index = {order: k for k, order in enumerate(orders)}
     pairs = itertools.product(enumerate(orders), repeat=2)
     sums = (((i, j), tuple(a + b for a, b in zip(x, y, strict=True))) for (i, x), (j, y) in pairs)
-    return orders, [(i, j, at[total]) for (i, j), total in sums if total in at]
+    return orders, [(i, j, index[total]) for (i, j), total in sums if total in index]
 
 
 class Series:
@@ -44,8 +44,8 @@ class Series:
 
     def derivative(self, orders: Index) -> mpf:
         """The derivative of these orders in the variables, at the point."""
-        at = _products(self.variables)[0].index(orders)
-        return self.coefficients[at] * math.prod(map(math.factorial, orders))
+        index = _products(self.variables)[0].index(orders)
+        return self.coefficients[index] * math.prod(map(math.factorial, orders))
 
     def __add__(self, other: Any) -> Series:
         if isinstance(other, Series):
@@ -82,14 +82,14 @@ class Series:
         x, n = self.value, power
         if n >= 0:
             return math.prod((self for _ in range(n - 1)), start=self) if n else 0 * self + 1
-        inverse = self.of([(-1) ** k * x ** -(k + 1) for k in range(ORDER + 1)])
+        inverse = self.compose([(-1) ** k * x ** -(k + 1) for k in range(ORDER + 1)])
         return inverse ** (-n)
 
     __radd__ = __add__
     __rmul__ = __mul__
 
-    def of(self, taylor: Sequence[mpf]) -> Series:
-        """f of this, where f has these Taylor coefficients at its value."""
+    def compose(self, taylor: Sequence[mpf]) -> Series:
+        """f of this series, where f has these Taylor coefficients at its value."""
         change = Series([mpf(0), *self.coefficients[1:]], self.variables)
         *lower, total = taylor
         total = change * 0 + total
@@ -99,20 +99,21 @@ class Series:
 
 
 def variables(*point: mpf) -> list[Series]:
-    """The variables themselves, about a point."""
+    """The series of the variables themselves about a point."""
     orders, _ = _products(len(point))
 
-    def one(i: int) -> Series:
+    def build_variable(i: int) -> Series:
         first = tuple(int(k == i) for k in range(len(point)))
         return Series(
-            [point[i] if sum(o) == 0 else mpf(int(o == first)) for o in orders], len(point)
+            [point[i] if sum(order) == 0 else mpf(int(order == first)) for order in orders],
+            len(point),
         )
 
-    return [one(i) for i in range(len(point))]
+    return [build_variable(i) for i in range(len(point))]
 
 
 def exp(x: Series) -> Series:
-    return x.of([mp.exp(x.value) / math.factorial(k) for k in range(ORDER + 1)])
+    return x.compose([mp.exp(x.value) / math.factorial(k) for k in range(ORDER + 1)])
 
 
 def expm1(x: Series) -> Series:
@@ -121,27 +122,27 @@ def expm1(x: Series) -> Series:
 
 def log(x: Series) -> Series:
     v = x.value
-    return x.of([mp.log(v), *(-((-1) ** k) / (k * v**k) for k in range(1, ORDER + 1))])
+    return x.compose([mp.log(v), *(-((-1) ** k) / (k * v**k) for k in range(1, ORDER + 1))])
 
 
 def sqrt(x: Series) -> Series:
     root = mp.sqrt(x.value)
-    return x.of([mp.binomial(mpf(1) / 2, k) * root / x.value**k for k in range(ORDER + 1)])
+    return x.compose([mp.binomial(mpf(1) / 2, k) * root / x.value**k for k in range(ORDER + 1)])
 
 
 def cos(x: Series) -> Series:
     c, s = mp.cos_sin(x.value)
-    return x.of([c, -s, -c / 2, s / 6])
+    return x.compose([c, -s, -c / 2, s / 6])
 
 
 def expm1_ratio(x: Series) -> Series:
     """(exp(x) - 1) / x, also at 0."""
     if x.value:
         return expm1(x) / x
-    return x.of([mpf(1) / math.factorial(k + 1) for k in range(ORDER + 1)])
+    return x.compose([mpf(1) / math.factorial(k + 1) for k in range(ORDER + 1)])
 
 
-# The losses, of the residual and their parameters.
+# The losses as functions of the residual and their parameters.
 
 
 def _absolute(r: Series) -> Series:
@@ -167,7 +168,7 @@ def _fair(r: Series, d: Series) -> Series:
     return d * d * (u - log(1 + u))
 
 
-def _tube(r: Series, d: Series) -> Series:
+def _epsilon_insensitive(r: Series, d: Series) -> Series:
     a = _absolute(r)
     return a - d if a.value > d.value else 0 * a
 
@@ -201,7 +202,7 @@ def _talwar(r: Series, d: Series) -> Series:
 
 
 def _general(r: Series, alpha: Series, d: Series) -> Series:
-    """At alpha = 2 without its derivatives in alpha, which are infinite."""
+    """The general loss; at alpha = 2, the derivatives in alpha are infinite and left out."""
     z = (r / d) ** 2
     if mp.isinf(alpha.value):
         sign = mp.sign(alpha.value)
@@ -225,7 +226,7 @@ def _student_t(r: Series, df: Series, s: Series) -> Series:
     if mp.isinf(df.value):
         return _gaussian(r, s)
     distance = (df + 1) / 2 * log(1 + (r / s) ** 2 / df)
-    return distance + log(s) + df.of(_student_t_normaliser(df.value))
+    return distance + log(s) + df.compose(_student_t_normaliser(df.value))
 
 
 @cache
@@ -243,21 +244,21 @@ def _student_t_normaliser(df: mpf) -> list[mpf]:
 
 
 def _general_nll(r: Series, alpha: Series, s: Series) -> Series:
-    one = 0 * s + 1
-    distance = _general(r / s, alpha, one)
-    return distance + log(s) + alpha.of(_log_partition(alpha.value))
+    unit_scale = 0 * s + 1
+    distance = _general(r / s, alpha, unit_scale)
+    return distance + log(s) + alpha.compose(_log_partition(alpha.value))
 
 
 @cache
 def _log_partition(alpha: mpf) -> list[mpf]:
     """Taylor coefficients of the log of the integral of exp(-general(u)) over all u.
 
-    By the trapezoidal rule in v, u = sqrt(b) sinh(v), which converges geometrically.
+    The trapezoidal rule in v, with u = sqrt(b) sinh(v), converges geometrically.
     """
     with mp.workdps(45):
         b = abs(2 - alpha) or mpf(1)
         step = mpf(1) / 16
-        small = alpha < mpf("1e-3")  # there the density falls like a power
+        small = alpha < mpf("1e-3")  # the density then falls like a power
         end = 115 if small else mp.log(1 + alpha * 200 / b) / alpha + mp.log(4 + 100 * mp.sqrt(b))
         (a,) = variables(alpha)
         total = 0 * a
@@ -275,7 +276,7 @@ FORMULAS: dict[str, tuple[Callable[..., Series], tuple[str, ...]]] = {
     "log_cosh": (_log_cosh, ("delta",)),
     "pseudo_huber": (lambda r, d: d * d * (sqrt(1 + (r / d) ** 2) - 1), ("delta",)),
     "fair": (_fair, ("delta",)),
-    "epsilon_insensitive": (_tube, ("delta",)),
+    "epsilon_insensitive": (_epsilon_insensitive, ("delta",)),
     "cauchy": (lambda r, d: d * d / 2 * log(1 + (r / d) ** 2), ("delta",)),
     "geman_mcclure": (_geman_mcclure, ("delta",)),
     "welsch": (lambda r, d: d * d / -2 * expm1(-((r / d) ** 2)), ("delta",)),
@@ -303,26 +304,26 @@ KINKS = {
     "hampel": (1.5, 3.5, 8.0),
     "andrews": (math.pi,),
 }
-"""|r| / delta where a derivative to second order jumps."""
+"""The values of |r| / delta at which a first or second derivative jumps."""
 
 
 def derivatives(name: str, *point: float) -> dict[tuple[int, ...], tuple[mpf, mpf]]:
-    """Every first and second derivative, by its arguments, and r times its slope in r."""
+    """By arguments: each first and second derivative, and r times its own derivative in r."""
     formula, _ = FORMULAS[name]
     with mp.workdps(DIGITS):
-        at = [mpf(x) for x in point]
-        series = formula(*variables(*at))
+        numbers = [mpf(x) for x in point]
+        series = formula(*variables(*numbers))
         found = {}
         for order in (1, 2):
-            for of in itertools.combinations_with_replacement(range(len(point)), order):
-                orders = [of.count(k) for k in range(len(point))]
+            for arguments in itertools.combinations_with_replacement(range(len(point)), order):
+                orders = [arguments.count(k) for k in range(len(point))]
                 value = series.derivative(tuple(orders))
                 orders[0] += 1
-                found[of] = value, at[0] * series.derivative(tuple(orders))
-        if name == "general" and at[1] == 2:
-            infinite, r = mp.inf * abs(mp.sign(at[0])), at[0]
+                found[arguments] = value, numbers[0] * series.derivative(tuple(orders))
+        if name == "general" and numbers[1] == 2:
+            infinite, r = mp.inf * abs(mp.sign(numbers[0])), numbers[0]
             found[1,] = infinite, mpf(0)
             found[0, 1] = mp.sign(r) * infinite, mpf(0)
             found[1, 1] = mp.nan, mpf(0)  # no number is promised
-            found[1, 2] = -r * r / at[2] / 2, -r * r / at[2]
+            found[1, 2] = -r * r / numbers[2] / 2, -r * r / numbers[2]
         return found
