@@ -223,12 +223,10 @@ def residual_scale(
 
 
 def scale_of(scale: Partial, r: Array, problem: Problem, s: Array, distance: Array) -> Array:
-    """Of residuals about 0, with what else is known that the function takes.
-
-    Most likely it is within `far` of s.
-    """
+    """The scale of residuals about 0, most likely within `distance` of s."""
     known: dict[str, Any] = {
         "center": 0.0,
+        "guess": (s, distance),
         "where": problem.where,
         "weights": problem.weights,
         "ddof": problem.rank,
