@@ -32,7 +32,7 @@ from robustloss._regression import (
 )
 from robustloss.linear.high_breakdown import s_estimate
 from robustloss.linear.irls import EstimateScale, least_squares, m_estimate, met_exactly, subsample
-from robustloss.linear.quantile.vertex import quantile_fit
+from robustloss.linear.quantile import quantile_fit
 from robustloss.linear.result import LinearFit
 from robustloss.linear.settings import (
     checked_key,
