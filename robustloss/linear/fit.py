@@ -38,21 +38,19 @@ from robustloss.linear.settings import (
     checked_key,
     checked_loss,
     checked_method,
-    is_convex,
     level,
     one_number,
     residual_scale,
     s_loss,
     scale_of,
-    takes,
     tuned,
 )
 from robustloss.losses.convex import huber
+from robustloss.types import Loss
 from robustloss.views import weight
 
 __all__ = ["LinearFit", "fit_linear"]
 
-Loss = Callable[..., Array]
 Scale = Callable[..., Array]
 
 # Power of eps, in sizes of y. At a smaller scale the rounding of the residuals is more than a
@@ -140,34 +138,35 @@ the rows cannot carry off, then the M-estimate next to it, at its scale |
     Array([3], dtype=int32)
     """
     X, y = _data(X, y)
-    checked_loss(loss)
+    described = checked_loss(loss)
     n, k = X.shape[0], X.shape[1] + bool(intercept)
     if not 0 < k <= n:
         raise ValueError(f"{k} coefficients need at least one and as many rows, got {n}")
     kept = None if where is None else mask(where, (n,))
     relative_weights = None if weights is None else _relative(weights, n, where).astype(y.dtype)
-    method = checked_method(loss, method)
+    method = checked_method(described, method)
     b = None if start is None else real_array("start", start).astype(y.dtype)
     if b is not None and (b.shape != (k,) or method != "irls"):
         raise ValueError(
             f'start is for method="irls" and must have the shape ({k},), '
             f"got method={method!r} and the shape {b.shape}"
         )
-    has_delta = takes(loss, "delta")
+    has_delta = described.has_delta
     if tuning is not None and not has_delta:
         raise ValueError("tuning sets delta, but this loss has no free delta")
     if tuning is None:
-        tuning = tuned(loss) if has_delta else 1.0
+        tuning = tuned(described) if has_delta else 1.0
     if method == "mm" and scale is not None:
         raise ValueError(f'method="mm" estimates its own scale, got scale={scale!r}')
     estimated, number = residual_scale("mad" if scale is None else scale, weights is not None)
     return _fit_linear(
-        method, has_delta, bool(intercept), method == "irls" and is_convex(loss), with_leaves(loss),
-        s_loss(loss) if method == "mm" else None,
+        method, has_delta, bool(intercept), method == "irls" and described.is_convex,
+        with_leaves(loss),
+        s_loss(described) if method == "mm" else None,
         estimated,
         X, y, one_number("tuning", positive("tuning", tuning)).astype(y.dtype),
         one_number("scale", positive("scale", number)).astype(y.dtype),
-        (level(loss) if method == "interior_point" else jnp.asarray(0.5)).astype(y.dtype),
+        (level(described) if method == "interior_point" else jnp.asarray(0.5)).astype(y.dtype),
         b, kept, relative_weights, checked_key(key),
     )  # fmt: skip
 

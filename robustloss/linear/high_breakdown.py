@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -31,9 +30,9 @@ from robustloss._regression import (
     sum_over_rows,
 )
 from robustloss.linear.irls import m_estimate
+from robustloss.types import Loss
 from robustloss.views import weight
 
-Loss = Callable[..., Array]
 Starts = tuple[Array, Array]  # coefficients and scales, a row for each
 
 _SUBSETS = 1000
