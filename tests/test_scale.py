@@ -18,12 +18,14 @@ from scipy import special, stats
 
 import robustloss as rl
 from robustloss import scale
+from robustloss._numerics import normal
 from robustloss._numerics.order_statistics import near_median
 from robustloss.scale import iqr, location_scale, m_scale, mad, proposal2, qn, sn, tau
 
 NAN, INF = float("nan"), float("inf")
 with mp.workdps(30):
     _UPPER_QUARTILE = mp.sqrt(2) * mp.erfinv(mp.mpf(1) / 2)  # of the standard normal
+    _TWO_SIDED_95 = mp.sqrt(2) * mp.erfinv(mp.mpf("0.95"))
 MAD, IQR = float(1 / _UPPER_QUARTILE), float(1 / (2 * _UPPER_QUARTILE))
 ALL = {name: getattr(scale, name) for name in scale.__all__ if "ocation" not in name}
 WEIGHTED = {n: f for n, f in ALL.items() if "weights" in inspect.signature(f).parameters}
@@ -388,6 +390,13 @@ def test_proposal2_of_ties_is_the_limit_of_hubers_scheme(x64):
         assert (got.scale == 0) == (s < 1e-9) == (ties >= 17)
         assert abs(got.scale - s) < 2e-14
         assert abs(got.location - m) < 2e-14
+
+
+def test_the_constants_of_the_normal_are_rounded_once():
+    assert normal.UPPER_QUARTILE == float(_UPPER_QUARTILE)
+    assert normal.MAD == MAD
+    assert normal.IQR == IQR
+    assert normal.TWO_SIDED_95 == float(_TWO_SIDED_95)
 
 
 def soft(r):

@@ -55,7 +55,7 @@ class LinearFit:
     """False where other coefficients are known to be as good: where columns depend on others (the
     fit is then the smallest solution), or where the objective has a level edge."""
     _standard_errors: Array | None = None
-    """Kept because the entries of the covariance, which are squares, can leave the range of floats."""
+    """Kept because the entries of the covariance are squares and can leave the range of floats."""
     several: bool = False
     """Whether y had several columns."""
 

@@ -23,7 +23,7 @@ from scipy.special import erf
 Long = np.longdouble
 FACTOR = 64
 SLACK = {np.dtype("f8"): 1e-9, np.dtype("f4"): 1e-4}
-MAD = 1.482602218505602
+MAD = 1.4826022185056018
 
 
 class Problem(NamedTuple):
