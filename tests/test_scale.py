@@ -26,7 +26,7 @@ NAN, INF = float("nan"), float("inf")
 with mp.workdps(30):
     _UPPER_QUARTILE = mp.sqrt(2) * mp.erfinv(mp.mpf(1) / 2)  # of the standard normal
     _TWO_SIDED_95 = mp.sqrt(2) * mp.erfinv(mp.mpf("0.95"))
-MAD, IQR = float(1 / _UPPER_QUARTILE), float(1 / (2 * _UPPER_QUARTILE))
+    MAD, IQR = float(1 / _UPPER_QUARTILE), float(1 / (2 * _UPPER_QUARTILE))
 ALL = {name: getattr(scale, name) for name in scale.__all__ if "ocation" not in name}
 WEIGHTED = {n: f for n, f in ALL.items() if "weights" in inspect.signature(f).parameters}
 CENTERED = {n: f for n, f in ALL.items() if "center" in inspect.signature(f).parameters}
@@ -393,10 +393,10 @@ def test_proposal2_of_ties_is_the_limit_of_hubers_scheme(x64):
 
 
 def test_the_constants_of_the_normal_are_rounded_once():
-    assert normal.UPPER_QUARTILE == float(_UPPER_QUARTILE)
+    assert float(_UPPER_QUARTILE) == normal.UPPER_QUARTILE
     assert normal.MAD == MAD
     assert normal.IQR == IQR
-    assert normal.TWO_SIDED_95 == float(_TWO_SIDED_95)
+    assert float(_TWO_SIDED_95) == normal.TWO_SIDED_95
 
 
 def soft(r):
