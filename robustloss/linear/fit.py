@@ -26,8 +26,8 @@ from robustloss._regression import (
     Estimate,
     LossAtScale,
     Problem,
-    coefficients_of,
-    coordinates_of,
+    from_user_units,
+    in_user_units,
     standardise,
 )
 from robustloss.linear.high_breakdown import s_estimate
@@ -195,15 +195,17 @@ def _fit_linear(
         if method == "interior_point":
             vertex = quantile_fit(problem, level)
             s = estimate_scale(problem, vertex.residuals, problem.y_size, problem.y_size)
-            found = Estimate(vertex.b, s, vertex.residuals, vertex.converged, vertex.steps)
+            found = Estimate(
+                vertex.coefficients, s, vertex.residuals, vertex.converged, vertex.steps
+            )
             covariance, unique = inference.powell(problem, level, vertex.residuals), vertex.unique
         elif chi is not None:
             found, covariance = _mm(problem, loss_at_scale, chi, floor, key)
             unique = jnp.asarray(covariance.definite)
         else:
-            b = None if start is None else coordinates_of(problem, start)
+            begin = None if start is None else from_user_units(problem, start)
             joint = has_delta and scale_function is not None
-            found = _m(problem, loss_at_scale, estimate_scale, b, convex, joint)
+            found = _m(problem, loss_at_scale, estimate_scale, begin, convex, joint)
             covariance = inference.huber_h1(problem, loss_at_scale, found)
             unique = jnp.asarray(covariance.definite)
         # A scale that is given is never one that was found to be 0.
@@ -236,9 +238,11 @@ def _m(
     # A convex loss has one minimum, so a start from a subsample leads to the same solution.
     sample = subsample(problem) if convex else None
     if sample is None:
-        return estimate(problem, loss, estimate_scale, least_squares(problem, clipped=convex))
-    near = estimate(sample, loss, estimate_scale, least_squares(sample, clipped=True))
-    return estimate(problem, loss, estimate_scale, near.b, near.scale)
+        b = least_squares(problem, clipped=convex)
+        return estimate(problem, loss, estimate_scale, problem.coefficients(b))
+    b = least_squares(sample, clipped=True)
+    near = estimate(sample, loss, estimate_scale, problem.coefficients(b))
+    return estimate(problem, loss, estimate_scale, near.coefficients, near.scale)
 
 
 def _mm(
@@ -249,7 +253,7 @@ def _mm(
     share = jnp.maximum(0.5 * (1 - problem.rank / n), 0.5 / n)
     initial = s_estimate(problem, chi, share, floor, key)
     s = initial.scale
-    found = m_estimate(problem, loss, lambda problem, r, s, distance: s, initial.b, s)
+    found = m_estimate(problem, loss, lambda problem, r, s, distance: s, initial.coefficients, s)
     # Where the scale is 0, the S-estimate meets its rows exactly and is the result.
     exact = s <= floor
     found = jax.tree.map(lambda x, y: jnp.where(exact, y, x), found, initial)
@@ -275,7 +279,7 @@ def _result(
     sound = jnp.all(jnp.isfinite(found.residuals) | ~kept) & jnp.isfinite(found.scale)
     sound &= jnp.any(row_weights > 0)
     sound &= jnp.all(jnp.isfinite(row_weights) & (row_weights >= 0))
-    sound &= jnp.all(jnp.isfinite(found.b))
+    sound &= jnp.all(jnp.isfinite(found.coefficients))
     nan = jnp.where(sound, 0, jnp.nan).astype(problem.y.dtype)
 
     # A residual that rounding left of 0 must not be flagged as an outlier of a scale of 0.
@@ -292,7 +296,7 @@ def _result(
     )
     identifiable = problem.identifiable
     matrix = jnp.where(identifiable[:, None] & identifiable, matrix, jnp.nan)
-    raw = coefficients_of(problem, found.b) + nan
+    raw = in_user_units(problem, found.coefficients) + nan
     return LinearFit(
         raw[1:] if problem.intercept else raw,
         raw[0] if problem.intercept else jnp.zeros_like(raw, shape=()),

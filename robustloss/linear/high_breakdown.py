@@ -33,7 +33,7 @@ from robustloss.linear.irls import m_estimate
 from robustloss.types import Loss
 from robustloss.views import weight
 
-Starts = tuple[Array, Array]  # coefficients and scales, a row for each
+Starts = tuple[Array, Array]  # coefficients, a row for each start, and scales
 
 _SUBSETS = 1000
 _GROUPS = 5
@@ -97,7 +97,7 @@ def s_estimate(problem: Problem, loss: Loss, share: Array, floor: Array, key: Ar
     sample, groups, starts = _starts(problem, loss, share, floor, key)
     ends = jax.vmap(partial(minimum, sample, 100 if groups == 1 else 8))(starts)
     if groups > 1:
-        ends = lax.map(partial(minimum, problem, 100), _distinct(ends.b, ends.scale))
+        ends = lax.map(partial(minimum, problem, 100), _distinct(problem, ends))
         # The scale of an estimate that has not converged may be too low.
         eligible = ends.converged | ~jnp.any(ends.converged)
     else:
@@ -106,7 +106,7 @@ def s_estimate(problem: Problem, loss: Loss, share: Array, floor: Array, key: Ar
         eligible = jnp.isfinite(ends.scale)
     lowest = jnp.argmin(jnp.where(eligible & ~jnp.isnan(ends.scale), ends.scale, jnp.inf))
     found = jax.tree.map(lambda x: x[lowest], ends)
-    r = predictions(problem, found.b) - problem.y  # of all rows, and not of a sample
+    r = predictions(problem, found.coefficients) - problem.y  # of all rows, and not of a sample
     _, slope, exact = equation(problem, r, found.scale)
     determined = exact | (slope > jnp.finfo(r.dtype).eps ** 0.5 * target)
     return found._replace(residuals=r, converged=found.converged & determined)
@@ -145,8 +145,8 @@ def _starts(
     finalists = _FINALISTS if groups == 1 else _GROUP_FINALISTS
     best = jax.vmap(lambda *group: _screened(narrow_loss, share, finalists, *group))
     b, s = jax.tree.map(jnp.concatenate, best(*dealt, subsets))
-    starts = b.astype(unit.dtype) * unit, jnp.maximum(s.astype(unit.dtype) * unit, floor)
-    return sample, groups, starts
+    coefficients = jax.vmap(problem.coefficients)(b.astype(unit.dtype) * unit)
+    return sample, groups, (coefficients, jnp.maximum(s.astype(unit.dtype) * unit, floor))
 
 
 def _screened(
@@ -195,12 +195,13 @@ def _screened(
     return b[lowest], s[lowest]
 
 
-def _distinct(b: Array, s: Array) -> Starts:
+def _distinct(problem: Problem, ends: Estimate) -> Starts:
     """The minima, with NaN in the place of one that is the same as one before."""
+    c, s = ends.coefficients, ends.scale
+    distance = jax.vmap(jax.vmap(problem.typical_size))(c[:, None] - c)
     # Rows far out in X make distinct minima that are 0.01 s apart, so the same is a tenth of it.
-    same = jnp.max(jnp.abs(b[:, None] - b), axis=-1) <= 1e-3 * s
-    repeated = jnp.any(jnp.tril(same, -1), axis=1)
-    return jnp.where(repeated[:, None], jnp.nan, b), s
+    repeated = jnp.any(jnp.tril(distance <= 1e-3 * s, -1), axis=1)
+    return jnp.where(repeated[:, None], jnp.nan, c), s
 
 
 def _rough_median(x: Array, w: Array) -> Array:

@@ -19,7 +19,7 @@ from robustloss.linear.irls import MANY_ROWS, least_squares
 from robustloss.linear.quantile.frisch_newton import frisch_newton
 from robustloss.linear.quantile.preprocessing import fit_near_rows
 from robustloss.linear.quantile.program import Program, no_fixed_rows, quantile_loss
-from robustloss.linear.quantile.simplex import Vertex, simplex
+from robustloss.linear.quantile.simplex import Vertex, simplex, vertex_shift
 
 # The objective is a sum of as many terms as there are rows, each rounded: relative to its value, a
 # power of eps; relative to the data, units of eps.
@@ -30,10 +30,10 @@ _DATA_ROUNDING = 64
 class QuantileFit(NamedTuple):
     """The optimum, and whether it is the only one."""
 
-    b: Array
-    """(k,)"""
+    coefficients: Array
+    """(k,) of x - center"""
     residuals: Array
-    """(n,) q b - y, exactly 0 in the rows that are met"""
+    """(n,) prediction - y, exactly 0 in the rows that are met"""
     unique: Array
     converged: Array
     """whether the fit is certified as an optimum"""
@@ -52,15 +52,27 @@ def quantile_fit(problem: Problem, level: Array) -> QuantileFit:
         program = Program(a, y, row_weights > 0, level, no_fixed_rows(k, problem.y.dtype))
         b, bound, steps = frisch_newton(program, least_squares(problem), eps)
         vertex = simplex(program, b)
-        residuals, settled = problem.y - predictions(problem, vertex.b), jnp.asarray(True)
-        steps = steps + vertex.pivots
+        steps, settled = steps + vertex.pivots, jnp.asarray(True)
+        coefficients = _refined(problem, program, vertex, row_weights)
+        residuals = problem.y - predictions(problem, coefficients)
     else:
         vertex, residuals, bound, steps, settled = fit_near_rows(problem, weight_unit, level, eps)
+        coefficients = problem.coefficients(vertex.b)
     residuals = residuals.at[vertex.rows].set(0, mode="drop")
     value = jnp.sum(quantile_loss(row_weights * residuals, level))
     size = jnp.sum(jnp.abs(row_weights * problem.y))
     certified = settled & _is_optimal(vertex, value, bound, size)
-    return QuantileFit(vertex.b, -residuals, vertex.unique, certified, steps)
+    return QuantileFit(coefficients, -residuals, vertex.unique, certified, steps)
+
+
+def _refined(problem: Problem, program: Program, vertex: Vertex, row_weights: Array) -> Array:
+    """The coefficients of a vertex, after a step to what they leave of the rows of its basis.
+
+    Where columns are nearly dependent, coefficients computed from b have lost digits.
+    """
+    coefficients = problem.coefficients(vertex.b)
+    residuals = row_weights * (problem.y - predictions(problem, coefficients))
+    return coefficients + problem.coefficients(vertex_shift(program.a, residuals, vertex.rows))
 
 
 def _is_optimal(vertex: Vertex, value: Array, bound: Array, size: Array) -> Array:

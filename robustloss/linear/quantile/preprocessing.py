@@ -17,7 +17,6 @@ from robustloss._regression import (
     Problem,
     design_rows,
     row_lengths,
-    solve,
     spaced_rows,
     subset,
     sum_over_rows,
@@ -26,7 +25,7 @@ from robustloss._regression import (
 from robustloss.linear.irls import least_squares, subsample
 from robustloss.linear.quantile.frisch_newton import frisch_newton
 from robustloss.linear.quantile.program import FixedRows, Program
-from robustloss.linear.quantile.simplex import PIVOTS, Vertex, simplex
+from robustloss.linear.quantile.simplex import PIVOTS, Vertex, simplex, vertex_shift
 
 # Rows that take part: at least so many, whose interior point takes less time than a pass over all
 # rows, and at least this share of all.
@@ -157,9 +156,11 @@ def _next_round(setting: _Setting, at: _Round) -> _Round:
     b, bound, steps = frisch_newton(program, at.vertex.b, tolerance)
     vertex = simplex(program, b, jnp.where(first, 0, PIVOTS))
     basis = jnp.where(vertex.rows < count, rows[vertex.rows], n)
-    true_b = vertex.b - _shift(program.a, added, vertex.rows)
+    true_b = vertex.b - vertex_shift(program.a, added, vertex.rows)
 
-    residuals, true_residuals = two_predictions(problem, vertex.b, true_b)
+    residuals, true_residuals = two_predictions(
+        problem, problem.coefficients(vertex.b), problem.coefficients(true_b)
+    )
     true_residuals = problem.y - true_residuals
     residuals = (problem.y - residuals) + setting.perturbation(all_rows, at.perturbed)
     # A row that is met may count as on either side.
@@ -207,11 +208,3 @@ def _rows_near_fit(setting: _Setting, residuals: Array) -> tuple[Array, Array]:
 def _fixed_rows(q: Array, weights: Array, slope: Array, y: Array) -> FixedRows:
     slope = jnp.where(weights > 0, slope, 0)
     return FixedRows(q.T @ slope, jnp.abs(q).T @ jnp.abs(slope), jnp.sum(slope * y))
-
-
-def _shift(a: Array, added: Array, basis: Array) -> Array:
-    """How far the vertex of this basis moves where `added` is added to y."""
-    inside = basis < len(a)
-    square, right = (jnp.where(inside, x[basis].T, 0).T for x in (a, added))
-    empty = jnp.sum(a * a, axis=0) == 0
-    return solve(square.T @ square + jnp.diag(empty.astype(a.dtype)), square.T @ right)

@@ -15,6 +15,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from robustloss._numerics.columns import mean_size
+from robustloss._regression import solve
 from robustloss.linear.quantile.program import Program, quantile_loss
 
 PIVOTS = 200  # after an interior point a few are usual
@@ -93,6 +94,14 @@ def simplex(program: Program, interior: Array, pivots: ArrayLike = PIVOTS) -> Ve
         _is_unique(extended, edges, interior),
         end.pivots,
     )
+
+
+def vertex_shift(a: Array, added: Array, basis: Array) -> Array:
+    """How far the vertex of this basis moves where `added` is added to y."""
+    inside = basis < len(a)
+    square, right = (jnp.where(inside, x[basis].T, 0).T for x in (a, added))
+    empty = jnp.sum(a * a, axis=0) == 0
+    return solve(square.T @ square + jnp.diag(empty.astype(a.dtype)), square.T @ right)
 
 
 def _with_rows_for_empty_columns(program: Program) -> Program:
