@@ -294,9 +294,10 @@ def two_predictions(problem: Problem, c: Array, d: Array) -> tuple[Array, Array]
     c, d, center = lax.optimization_barrier((c, d, problem.center))
     centered, first = problem.X - center, int(problem.intercept)
     sums = joint_sums(centered * c[first:], centered * d[first:], axis=1)
-    both = (x + u[0] if problem.intercept else x for x, u in zip(sums, (c, d), strict=True))
-    first, second = (x if problem.where is None else jnp.where(problem.where, x, 0) for x in both)
-    return first, second
+    by_c, by_d = (x + u[0] if problem.intercept else x for x, u in zip(sums, (c, d), strict=True))
+    if problem.where is None:
+        return by_c, by_d
+    return jnp.where(problem.where, by_c, 0), jnp.where(problem.where, by_d, 0)
 
 
 def row_lengths(problem: Problem) -> Array:
