@@ -89,11 +89,11 @@ class Problem(NamedTuple):
         slopes = self.slopes @ b
         return jnp.concatenate([(self.constants @ b)[None], slopes]) if self.intercept else slopes
 
-    def typical_size(self, coefficients: Array) -> Array:
-        """The size of the terms that a typical prediction is the sum of."""
+    def term_sizes(self, coefficients: Array) -> tuple[Array, Array]:
+        """The size of the constant and of the other terms of a prediction of a typical row."""
         sizes = jnp.abs(coefficients)
-        slopes = self.column_scale @ sizes[self.intercept :]
-        return slopes + sizes[0] if self.intercept else slopes
+        constant = sizes[0] if self.intercept else jnp.zeros_like(self.y_unit)
+        return constant, self.column_scale @ sizes[self.intercept :]
 
 
 class Estimate(NamedTuple):

@@ -198,7 +198,7 @@ def _screened(
 def _distinct(problem: Problem, ends: Estimate) -> Starts:
     """The minima, with NaN in the place of one that is the same as one before."""
     c, s = ends.coefficients, ends.scale
-    distance = jax.vmap(jax.vmap(problem.typical_size))(c[:, None] - c)
+    distance = sum(jax.vmap(jax.vmap(problem.term_sizes))(c[:, None] - c))
     # Rows far out in X make distinct minima that are 0.01 s apart, so the same is a tenth of it.
     repeated = jnp.any(jnp.tril(distance <= 1e-3 * s, -1), axis=1)
     return jnp.where(repeated[:, None], jnp.nan, c), s

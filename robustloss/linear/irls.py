@@ -132,7 +132,7 @@ def _equations(
     have changed no residual by more than `last.short`, or rounding.
     """
     k = len(problem.constants)
-    typical = problem.typical_size(coefficients)
+    constant, typical = problem.term_sizes(coefficients)
 
     def terms(q: Array, weights: Array, r: Array, y: Array, change: Array) -> tuple[Array, ...]:
         def weighted(x: Array) -> Array:
@@ -145,7 +145,7 @@ def _equations(
         def sizes() -> tuple[Array, Array]:
             length = jnp.maximum(1, jnp.max(jnp.abs(q), axis=1))
             shortened = jnp.minimum(1, _LONGEST_ROW / length)
-            rounding = jnp.finfo(r.dtype).eps * (jnp.abs(y) + jnp.abs(r) + typical * length)
+            rounding = jnp.finfo(r.dtype).eps * (jnp.abs(y) + jnp.abs(r) + constant + typical * length)
             pulls, blurs = jnp.abs(pull), weighted(jnp.abs(bend)) * rounding
             met = jnp.abs(r) <= 8 * rounding
             moves = ~(jnp.abs(change) <= last.short + 8 * rounding)
