@@ -145,7 +145,9 @@ def _equations(
         def sizes() -> tuple[Array, Array]:
             length = jnp.maximum(1, jnp.max(jnp.abs(q), axis=1))
             shortened = jnp.minimum(1, _LONGEST_ROW / length)
-            rounding = jnp.finfo(r.dtype).eps * (jnp.abs(y) + jnp.abs(r) + constant + typical * length)
+            rounding = jnp.finfo(r.dtype).eps * (
+                jnp.abs(y) + jnp.abs(r) + constant + typical * length
+            )
             pulls, blurs = jnp.abs(pull), weighted(jnp.abs(bend)) * rounding
             met = jnp.abs(r) <= 8 * rounding
             moves = ~(jnp.abs(change) <= last.short + 8 * rounding)
