@@ -667,6 +667,21 @@ def test_several_targets_and_no_intercept(x64):
         np.testing.assert_allclose(found.flagged()[:, i], one.flagged())
 
 
+def test_dropped_rows_are_not_there(x64):
+    """Of few rows "mm" takes all subsets: as many as there are of the rows that are kept."""
+    random = np.random.default_rng(1)
+    X = random.normal(size=(7, 2))
+    y = X.sum(1) + random.normal(size=7)
+    alone = rl.fit_linear(X, y, rl.tukey)
+    assert alone.converged
+    for dropped in (1, 2, 6, 13, 60):
+        padded = np.r_[X, np.full((dropped, 2), np.nan)], np.r_[y, np.full(dropped, np.nan)]
+        found = rl.fit_linear(*padded, rl.tukey, where=np.arange(7 + dropped) < 7)
+        assert found.converged
+        np.testing.assert_allclose(found.coefficients, alone.coefficients, rtol=1e-9)
+        np.testing.assert_allclose(found.scale, alone.scale, rtol=1e-9)
+
+
 def test_the_equations_of_small_integer_data_hold(x64):
     """Sets of five rows whose matrix of curvatures is nearly singular: one used to end at 2.04."""
     X = np.array([[-6, 0], [-7, 2], [-1, 3], [7, 4], [-8, -6]], float)

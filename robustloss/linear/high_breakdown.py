@@ -104,7 +104,9 @@ def s_estimate(problem: Problem, loss: Loss, share: Array, floor: Array, key: Ar
         # Few rows: where the steps did not suffice, the scale is solved for.
         ends = jax.vmap(partial(with_own_scale, sample))(ends)
         eligible = jnp.isfinite(ends.scale)
-    lowest = jnp.argmin(jnp.where(eligible & ~jnp.isnan(ends.scale), ends.scale, jnp.inf))
+    # A start that is not finite has no residuals, and so no scale.
+    finite = jnp.all(jnp.isfinite(ends.coefficients), axis=1) & ~jnp.isnan(ends.scale)
+    lowest = jnp.argmin(jnp.where(eligible & finite, ends.scale, jnp.inf))
     found = jax.tree.map(lambda x: x[lowest], ends)
     r = predictions(problem, found.coefficients) - problem.y  # of all rows, and not of a sample
     _, slope, exact = equation(problem, r, found.scale)
