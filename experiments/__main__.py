@@ -19,14 +19,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from experiments import UsageError
+from experiments import FindingError, UsageError
 
 FOLDER = Path(__file__).parent
 INTERRUPTED = 130
 
 
 def experiments() -> dict[str, str]:
-    """Every experiment and its first line: the files here that do not begin with `_`."""
+    """The question of each experiment: the files in this folder that do not begin with `_`."""
     return {
         path.stem: (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
         for path in sorted(FOLDER.glob("[!_]*.py"))
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(found)}."
         return refuse(f"no experiment is called {name!r}; {hint}")
     try:
-        import tyro  # noqa: PLC0415  (listing stays quick)
+        import tyro  # noqa: PLC0415  (listing needs none of it)
 
         module = importlib.import_module(f"experiments.{name}")
         prog = f"python -m experiments {name}"
@@ -58,44 +58,44 @@ def main(arguments: list[str]) -> int:
         return refuse(str(error))
     except KeyboardInterrupt:
         print(
-            "\ninterrupted; no results were written. A sweep goes on where it was when the same "
-            "command is run again.",
+            "\ninterrupted; no results were written. The same command continues a sweep "
+            "where it was interrupted.",
             file=sys.stderr,
         )
         return INTERRUPTED
 
 
 def perform(module: ModuleType, config: Any, console: Console | None = None) -> int:
-    """Runs, checks its finding, writes the results whole and shows them."""
+    """Runs an experiment, checks its findings, writes the results and shows them."""
     from experiments import _results  # noqa: PLC0415
 
     out = module.folder(config)
     _results.check_writable(out)
-    unfinished = _results.unfinished(out, config)
+    cached = _results.locate_cache(out, config)
     console = console or Console()
     begin = time.perf_counter()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("reading", total=1.0)
+        line = bar.add_task("reading", total=1.0)
 
-        def progress(done: float, what: str) -> None:
-            bar.update(task, completed=done, description=what)
+        def progress(share: float, task: str) -> None:
+            bar.update(line, completed=share, description=task)
 
-        sweeps = "keep" in inspect.signature(module.run).parameters
-        more = {"keep": partial(_results.kept, unfinished)} if sweeps else {}
-        result = module.run(config, progress, **more)
+        sweeps = "cache" in inspect.signature(module.run).parameters
+        options = {"cache": partial(_results.cache_arrays, cached)} if sweeps else {}
+        result = module.run(config, progress, **options)
         findings: list[str] = []
         try:
             module.check(result)
-        except AssertionError as finding:
-            failed = f"the finding does not hold: {finding}; nothing was written."
+        except FindingError as error:
+            failed = f"the finding does not hold: {error}; nothing was written."
         else:
             failed = ""
             findings = module.findings(result)
             progress(1.0, "writing")
             files = module.files(config, result)
-            told = {"findings": findings, "seconds": time.perf_counter() - begin}
-            _results.write(out, _results.told(files, **told))
-            shutil.rmtree(unfinished, ignore_errors=True)
+            entries = {"findings": findings, "seconds": time.perf_counter() - begin}
+            _results.write(out, _results.extend_record(files, **entries))
+            shutil.rmtree(cached, ignore_errors=True)
     module.show(result, console)
     for sentence in findings:
         console.print(f"- {sentence}", highlight=False, markup=False)
@@ -116,5 +116,5 @@ if __name__ == "__main__":
     code = main(sys.argv[1:])
     if code == INTERRUPTED:
         sys.stderr.flush()
-        os._exit(code)  # XLA may still be computing, and must not meet a dying interpreter
+        os._exit(code)  # a normal exit would end the interpreter while XLA still computes
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""Every step of an optax optimiser, where `rl.fit` would tell the end only."""
+"""Descent by an optax optimiser that returns every step; `rl.fit` returns the last one."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import optax
 from jax import Array
 
 
-def descent(
+def descend(
     objective: Callable[[Any], Array], optimizer: Any, start: Any, steps: int
 ) -> tuple[Any, Any]:
-    """The parameters after the last step, and after each."""
-    optimizer = optax.with_extra_args_support(optimizer)  # a line search takes more
+    """The parameters after the last step, and after each step."""
+    optimizer = optax.with_extra_args_support(optimizer)  # for a line search
 
     def step(carry: Any, _: None) -> Any:
         params, state = carry

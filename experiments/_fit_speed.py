@@ -1,7 +1,7 @@
-"""The fits' part of `speed`: robustloss beside scikit-learn, statsmodels and R, where installed.
+"""Times linear fits for `speed`: robustloss beside scikit-learn, statsmodels and R.
 
-Every pair fits the same data to the same model in the same run, in float64. What R does is timed
-by R. A peer that takes long is timed once.
+All programs fit the same model to the same data in the same run, in float64. Peers that are not
+installed are left out. R times its own fits. A slow peer is timed once.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import robustloss as rl
+from experiments import require
 
 COLUMNS = 10
 SHORT, LONG = 0.5, 3.0  # seconds
@@ -34,7 +35,7 @@ class Case(NamedTuple):
     rows: int
     fit: Callable[[np.ndarray, np.ndarray], rl.LinearFit]
     peers: dict[str, Callable[[np.ndarray, np.ndarray], float]]
-    """what each is called, and a function that returns its seconds"""
+    """By name, a function that fits the data and returns the seconds."""
     error: Callable[[np.ndarray, np.ndarray, rl.LinearFit], float] | None = None
 
 
@@ -48,8 +49,8 @@ class Timing(NamedTuple):
     converged: bool
 
 
-def data(rows: int, columns: int = COLUMNS, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Student's t noise of 3 degrees of freedom, and a tenth of the rows far above."""
+def draw_data(rows: int, columns: int = COLUMNS, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Data with Student t noise of 3 degrees of freedom, and a tenth of the rows far above."""
     random = np.random.default_rng(seed)
     X = random.normal(size=(rows, columns))
     y = X @ np.arange(1, columns + 1) / columns + 1 + random.standard_t(3, rows)
@@ -57,41 +58,44 @@ def data(rows: int, columns: int = COLUMNS, seed: int = 0) -> tuple[np.ndarray, 
     return X, y
 
 
-def cases(rows: int) -> list[Case]:
-    """What is compared; `rows` is what stands for many."""
-    few = min(10_000, rows)
+def build_cases(rows: int) -> list[Case]:
+    """The tasks; `rows` is the number of rows in the large ones."""
+    smaller = min(10_000, rows)
     return [
         Case(
             f"Huber with MAD, {rows:,} x {COLUMNS}", rows, rl.fit_linear,
-            _installed(
+            _select_installed(
                 {"sklearn HuberRegressor": (_sklearn_huber, "sklearn"),
                  "statsmodels RLM": (_statsmodels_rlm, "statsmodels")}
             ),
-            huber_error,
+            measure_huber_error,
         ),
         Case(
-            "Huber with MAD, 1,000 fits of 100 x 5 in one call", 0, _many,
-            _installed({"sklearn, a loop": (_sklearn_loop, "sklearn")}),
+            "Huber with MAD, 1,000 fits of 100 x 5 in one call", 0, _fit_sets,
+            _select_installed({"sklearn, a loop": (_sklearn_loop, "sklearn")}),
         ),
         Case(
-            f"MAE, {few:,} x {COLUMNS}", few, partial(rl.fit_linear, loss=rl.absolute_error),
-            _installed({"sklearn QuantileRegressor": (_sklearn_quantile, "sklearn")})
-            | _r("R quantreg rq.fit.fnb", "quantreg", "rq.fit.fnb(cbind(1, X), y)"),
+            f"MAE, {smaller:,} x {COLUMNS}", smaller,
+            partial(rl.fit_linear, loss=rl.absolute_error),
+            _select_installed({"sklearn QuantileRegressor": (_sklearn_quantile, "sklearn")})
+            | _build_r_peer("R quantreg rq.fit.fnb", "quantreg", "rq.fit.fnb(cbind(1, X), y)"),
         ),
         Case(
             f"MAE, {rows:,} x {COLUMNS}", rows, partial(rl.fit_linear, loss=rl.absolute_error),
-            _r("R quantreg rq.fit.fnb", "quantreg", "rq.fit.fnb(cbind(1, X), y)"),
+            _build_r_peer("R quantreg rq.fit.fnb", "quantreg", "rq.fit.fnb(cbind(1, X), y)"),
         ),
         Case(
-            f"MM, {few:,} x {COLUMNS}", few, partial(rl.fit_linear, loss=rl.tukey),
-            _r("R robustbase lmrob", "robustbase", "lmrob.fit(cbind(1, X), y, lmrob.control())"),
+            f"MM, {smaller:,} x {COLUMNS}", smaller, partial(rl.fit_linear, loss=rl.tukey),
+            _build_r_peer(
+                "R robustbase lmrob", "robustbase", "lmrob.fit(cbind(1, X), y, lmrob.control())"
+            ),
         ),
     ]  # fmt: skip
 
 
-def timed(case: Case, repeats: int) -> Timing:
-    """Ours and the peers' in turn; a short one is called until it fills half a second."""
-    X, y = data(case.rows) if case.rows else data(100_000, 5)
+def time_case(case: Case, repeats: int) -> Timing:
+    """Times our fit and the peers in turn; a short fit is repeated until it fills half a second."""
+    X, y = draw_data(case.rows) if case.rows else draw_data(100_000, 5)
     with jax.enable_x64(True):
         device = jnp.asarray(X), jnp.asarray(y)
         fit = jax.jit(case.fit) if case.rows == 0 else case.fit
@@ -110,16 +114,16 @@ def timed(case: Case, repeats: int) -> Timing:
             for name, peer in case.peers.items():
                 if not peers[name] or np.median(peers[name]) < LONG:
                     peers[name].append(peer(X, y))
-        assert bool(jnp.all(found.converged)), case.name
+        require(bool(jnp.all(found.converged)), f"{case.name} did not converge")
     error = case.error(X, y, found) if case.error else None
     return Timing(first, ours, peers, error, bool(jnp.all(found.converged)))
 
 
-def growth(sizes: list[int], repeats: int) -> Iterator[tuple[int, float]]:
+def measure_growth(sizes: list[int], repeats: int) -> Iterator[tuple[int, float]]:
     """Seconds of a Huber fit at each number of rows."""
     with jax.enable_x64(True):
         for rows in sizes:
-            X, y = map(jnp.asarray, data(rows))
+            X, y = map(jnp.asarray, draw_data(rows))
             jax.block_until_ready(rl.fit_linear(X, y))
             seconds = []
             for _ in range(repeats):
@@ -129,21 +133,25 @@ def growth(sizes: list[int], repeats: int) -> Iterator[tuple[int, float]]:
             yield rows, float(np.median(seconds))
 
 
-def memory(rows: int) -> dict[str, float]:
-    """What a compiled fit holds at its peak, the data included, in sizes of the data."""
+def measure_memory(rows: int) -> dict[str, float]:
+    """The peak memory of a compiled fit, including the data, over the size of the data."""
     with jax.enable_x64(True):
         data = jnp.zeros((rows, COLUMNS)), jnp.zeros(rows)
         found = {}
         for name in ("huber", "absolute_error", "tukey"):
             fit = jax.jit(partial(rl.fit_linear, loss=rl.LOSSES[name]))
-            of = fit.lower(*data).compile().memory_analysis()
-            parts = of.argument_size_in_bytes, of.output_size_in_bytes, of.temp_size_in_bytes
-            found[name] = sum(parts) / of.argument_size_in_bytes
+            analysis = fit.lower(*data).compile().memory_analysis()
+            parts = (
+                analysis.argument_size_in_bytes,
+                analysis.output_size_in_bytes,
+                analysis.temp_size_in_bytes,
+            )
+            found[name] = sum(parts) / analysis.argument_size_in_bytes
     return found
 
 
-def huber_error(X: np.ndarray, y: np.ndarray, found: rl.LinearFit) -> float:
-    """How far Newton's step in NumPy is from 0: the distance to the exact answer, over sd(y)."""
+def measure_huber_error(X: np.ndarray, y: np.ndarray, found: rl.LinearFit) -> float:
+    """The size of Newton's step in NumPy, the distance to the exact answer, over sd(y)."""
     A = np.c_[np.ones(len(y)), X]
     r = y - A @ np.r_[found.intercept, found.coefficients]
     s = np.median(np.abs(r)) / 0.6744897501960817
@@ -153,15 +161,15 @@ def huber_error(X: np.ndarray, y: np.ndarray, found: rl.LinearFit) -> float:
     return float(np.max(np.abs(step)) / np.std(y))
 
 
-def _many(X: jax.Array, y: jax.Array) -> rl.LinearFit:
+def _fit_sets(X: jax.Array, y: jax.Array) -> rl.LinearFit:
     return jax.vmap(rl.fit_linear)(X.reshape(1000, 100, 5), y.reshape(1000, 100))
 
 
-def _installed(peers: dict[str, tuple[Callable[..., float], str]]) -> dict[str, Callable]:
+def _select_installed(peers: dict[str, tuple[Callable[..., float], str]]) -> dict[str, Callable]:
     return {n: f for n, (f, package) in peers.items() if importlib.util.find_spec(package)}
 
 
-def _seconds(f: Callable[[], object]) -> float:
+def _time(f: Callable[[], object]) -> float:
     begin = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -172,20 +180,20 @@ def _seconds(f: Callable[[], object]) -> float:
 def _sklearn_huber(X: np.ndarray, y: np.ndarray) -> float:
     from sklearn.linear_model import HuberRegressor  # noqa: PLC0415
 
-    return _seconds(lambda: HuberRegressor(epsilon=1.345, alpha=0.0).fit(X, y))
+    return _time(lambda: HuberRegressor(epsilon=1.345, alpha=0.0).fit(X, y))
 
 
 def _sklearn_loop(X: np.ndarray, y: np.ndarray) -> float:
     from sklearn.linear_model import HuberRegressor  # noqa: PLC0415
 
     pairs = list(zip(X.reshape(1000, 100, 5), y.reshape(1000, 100), strict=True))
-    return _seconds(lambda: [HuberRegressor(epsilon=1.345, alpha=0.0).fit(*one) for one in pairs])
+    return _time(lambda: [HuberRegressor(epsilon=1.345, alpha=0.0).fit(*pair) for pair in pairs])
 
 
 def _sklearn_quantile(X: np.ndarray, y: np.ndarray) -> float:
     from sklearn.linear_model import QuantileRegressor  # noqa: PLC0415
 
-    return _seconds(lambda: QuantileRegressor(alpha=0.0).fit(X, y))
+    return _time(lambda: QuantileRegressor(alpha=0.0).fit(X, y))
 
 
 def _statsmodels_rlm(X: np.ndarray, y: np.ndarray) -> float:
@@ -193,16 +201,16 @@ def _statsmodels_rlm(X: np.ndarray, y: np.ndarray) -> float:
     from statsmodels.robust.robust_linear_model import RLM  # noqa: PLC0415
 
     A = np.c_[np.ones(len(y)), X]
-    return _seconds(lambda: RLM(y, A, M=HuberT()).fit())
+    return _time(lambda: RLM(y, A, M=HuberT()).fit())
 
 
-def _r(name: str, package: str, call: str) -> dict[str, Callable[..., float]]:
-    """The peer, if R has this package."""
+def _build_r_peer(name: str, package: str, call: str) -> dict[str, Callable[..., float]]:
+    """The peer, or nothing if R lacks this package."""
     program = shutil.which("Rscript")
     if program is None:
         return {}
-    asked = [program, "-e", f"quit(status = !requireNamespace('{package}', quietly = TRUE))"]
-    if subprocess.run(asked, capture_output=True, check=False).returncode:
+    question = [program, "-e", f"quit(status = !requireNamespace('{package}', quietly = TRUE))"]
+    if subprocess.run(question, capture_output=True, check=False).returncode:
         return {}
 
     def peer(X: np.ndarray, y: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""Where results go: a folder that is written whole or not at all."""
+"""Writes a folder of results as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ import optax
 import robustloss
 from experiments import UsageError
 
-MARK = "result.json"  # names the files written beside it: just these are ours to replace
-WRITTEN = "files_of_this_result"
+RECORD = "result.json"  # lists the files of a result: a later run replaces these and no others
+FILES_KEY = "files_of_this_result"
 
 
 def check_writable(folder: Path) -> None:
-    """Tells before the work whether `write` will be able to put results there."""
+    """Refuses, before the work begins, a folder that `write` could not fill."""
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"the output folder {folder} is a file; name a folder.")
     if folder.is_symlink():
         raise UsageError(f"the output folder {folder} is a link; name the folder itself.")
-    if folder.is_dir() and {path.name for path in folder.iterdir()} - _ours(folder):
+    if folder.is_dir() and {path.name for path in folder.iterdir()} - _read_file_list(folder):
         raise UsageError(
             f"the output folder {folder} holds other files; name a new or an empty folder."
         )
@@ -46,13 +46,13 @@ def check_writable(folder: Path) -> None:
 
 
 def write(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Puts the files into the folder, replacing earlier results, in one rename."""
+    """Puts the files into the folder in one rename, in place of earlier results."""
     check_writable(folder)
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        for name, content in {**files, MARK: _listing(files)}.items():
+        for name, content in {**files, RECORD: _list_files(files)}.items():
             (staged / name).write_bytes(content)
         staged.chmod(0o755)
         if folder.exists():
@@ -70,65 +70,64 @@ def write(folder: Path, files: Mapping[str, bytes]) -> None:
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def unfinished(folder: Path, config: Any) -> Path:
-    """Where `kept` puts what an interrupted run of these settings had, on this device."""
+def locate_cache(folder: Path, config: Any) -> Path:
+    """The folder in which `cache_arrays` keeps the arrays of these settings and this device."""
     settings = {**asdict(config), "plots": None, "out": None}
-    digest = hashlib.sha256(_json([settings, environment()])).hexdigest()[:12]
+    digest = hashlib.sha256(_encode([settings, environment()])).hexdigest()[:12]
     return folder.parent / f".{folder.name}-{digest}"
 
 
-def kept(place: Path, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The arrays that `compute` gives; from its file, if an interrupted run had come so far."""
-    path = place / f"{name}.npz"
+def cache_arrays(cached: Path, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The arrays of `compute`, from a file if an interrupted run has written it."""
+    path = cached / f"{name}.npz"
     if path.exists():
         with np.load(path) as file:
             return dict(file)
-    found = {key: np.asarray(value) for key, value in compute().items()}
-    place.mkdir(parents=True, exist_ok=True)
-    staged = place / f"{name}-{os.getpid()}.new"
+    arrays = {key: np.asarray(value) for key, value in compute().items()}
+    cached.mkdir(parents=True, exist_ok=True)
+    staged = cached / f"{name}-{os.getpid()}.new"
     with staged.open("wb") as file:
-        np.savez(file, **found)
+        np.savez(file, **arrays)
     staged.replace(path)
-    return found
+    return arrays
 
 
-def arrays(**content: Any) -> bytes:
-    """Arrays as one npz file."""
+def pack_arrays(**content: Any) -> bytes:
+    """The content of an npz file with these arrays."""
     buffer = BytesIO()
     np.savez_compressed(buffer, **{key: np.asarray(value) for key, value in content.items()})
     return buffer.getvalue()
 
 
 def record(config: Any, **result: Any) -> bytes:
-    """`result.json`: the result with its settings, versions and device."""
-    content = {"settings": asdict(config), "environment": environment(), **result}
-    return _json(content)
+    """The content of `result.json`: the result, its settings, the versions and the device."""
+    return _encode({"settings": asdict(config), "environment": environment(), **result})
 
 
-def told(files: Mapping[str, bytes], **more: Any) -> dict[str, bytes]:
-    """The files, with more told in `result.json`."""
-    return {**files, MARK: _json({**json.loads(files.get(MARK, b"{}")), **more})}
+def extend_record(files: Mapping[str, bytes], **entries: Any) -> dict[str, bytes]:
+    """The files, with these entries added to `result.json`."""
+    return {**files, RECORD: _encode({**json.loads(files.get(RECORD, b"{}")), **entries})}
 
 
-def _listing(files: Mapping[str, bytes]) -> bytes:
-    """`result.json` with the names of the files that belong to it."""
-    return _json({**json.loads(files.get(MARK, b"{}")), WRITTEN: sorted({*files, MARK})})
+def _list_files(files: Mapping[str, bytes]) -> bytes:
+    """The content of `result.json` with the names of all files of the result."""
+    return _encode({**json.loads(files.get(RECORD, b"{}")), FILES_KEY: sorted({*files, RECORD})})
 
 
-def _ours(folder: Path) -> set[str]:
-    """The files of earlier results in this folder."""
+def _read_file_list(folder: Path) -> set[str]:
+    """The names of the files that an earlier run has written into this folder."""
     try:
-        return set(json.loads((folder / MARK).read_text())[WRITTEN])
+        return set(json.loads((folder / RECORD).read_text())[FILES_KEY])
     except (OSError, ValueError, KeyError, TypeError):
         return set()
 
 
-def _json(content: Any) -> bytes:
-    return (json.dumps(_plain(content), indent=2, allow_nan=False) + "\n").encode()
+def _encode(content: Any) -> bytes:
+    return (json.dumps(_convert(content), indent=2, allow_nan=False) + "\n").encode()
 
 
 def environment() -> dict[str, str]:
-    """What a number depends on besides its settings."""
+    """The versions and the device, on which numbers depend besides the settings."""
     return {
         "robustloss": robustloss.__version__,
         "jax": jax.__version__,
@@ -138,21 +137,21 @@ def environment() -> dict[str, str]:
     }
 
 
-def picture(figure: Any) -> bytes:
-    """A matplotlib figure as PNG."""
+def render(figure: Any) -> bytes:
+    """The content of a PNG file with this matplotlib figure."""
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=160)
     return buffer.getvalue()
 
 
-def _plain(x: Any) -> Any:
-    """As JSON has it: no arrays, and NaN and infinity as words."""
+def _convert(x: Any) -> Any:
+    """A value that JSON can hold: arrays as lists, NaN and infinity as strings."""
     if isinstance(x, dict):
-        return {str(key): _plain(value) for key, value in x.items()}
+        return {str(key): _convert(value) for key, value in x.items()}
     if isinstance(x, (list, tuple)):
-        return [_plain(value) for value in x]
+        return [_convert(value) for value in x]
     if isinstance(x, (np.ndarray, np.generic, jax.Array)):
-        return _plain(np.asarray(x).tolist())
+        return _convert(np.asarray(x).tolist())
     if isinstance(x, float) and not math.isfinite(x):
         return str(x)
     return str(x) if isinstance(x, Path) else x

@@ -1,11 +1,12 @@
 """The truth about every loss, one row each: its textbook formula, its laws, its limits.
 
-A row says a loss twice. Once as the textbook's formula of its value, for mpmath: a `Series` is a
-Taylor series in several variables, cut off after the third order, and arithmetic with it gives
-exact derivatives, with no differences taken; with `DIGITS` digits, what cancels in a formula
-leaves enough of them. And once as value, slope and curvature in float64, written by hand without
-cancellation, for millions of residuals at a time. The tests compare the two, and derive from them
-every other truth: the derivatives, psi, and the limits of accuracy. Nothing here is the library's.
+A row states a loss twice. The first time it is the textbook's formula of the value, for mpmath: a
+`Series` is a Taylor series in several variables, truncated after the third order. A formula that
+takes numbers also takes series, and then gives exact derivatives without finite differences. The
+arithmetic has `DIGITS` digits, enough to survive the cancellation in the formulas. The second time
+it is value, slope and curvature in float64, written by hand without cancellation, for millions of
+residuals at a time. The tests compare the two, and derive all other truths from them: the
+derivatives, psi, and the limits of accuracy. Nothing in this file uses the library.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ Index = tuple[int, ...]
 
 @cache
 def _products(variables: int) -> tuple[list[Index], list[tuple[int, int, int]]]:
-    """The orders of the coefficients, and which two multiply into which."""
+    """The orders of the coefficients, and the triples (i, j, k) with i times j equal to k."""
     orders = [i for i in itertools.product(range(ORDER + 1), repeat=variables) if sum(i) <= ORDER]
     orders.sort(key=sum)
-    at = {order: k for k, order in enumerate(orders)}
+    index = {order: k for k, order in enumerate(orders)}
     pairs = itertools.product(enumerate(orders), repeat=2)
     sums = (((i, j), tuple(a + b for a, b in zip(x, y, strict=True))) for (i, x), (j, y) in pairs)
-    return orders, [(i, j, at[total]) for (i, j), total in sums if total in at]
+    return orders, [(i, j, index[total]) for (i, j), total in sums if total in index]
 
 
 class Series:
@@ -48,8 +49,8 @@ class Series:
 
     def derivative(self, orders: Index) -> mpf:
         """The derivative of these orders in the variables, at the point."""
-        at = _products(self.variables)[0].index(orders)
-        return self.coefficients[at] * math.prod(map(math.factorial, orders))
+        index = _products(self.variables)[0].index(orders)
+        return self.coefficients[index] * math.prod(map(math.factorial, orders))
 
     def __add__(self, other: Any) -> Series:
         if isinstance(other, Series):
@@ -86,7 +87,7 @@ class Series:
         x, n = self.value, power
         if n >= 0:
             return math.prod((self for _ in range(n - 1)), start=self) if n else 0 * self + 1
-        inverse = self.of([(-1) ** k * x ** -(k + 1) for k in range(ORDER + 1)])
+        inverse = self.compose([(-1) ** k * x ** -(k + 1) for k in range(ORDER + 1)])
         return inverse ** (-n)
 
     def __abs__(self) -> Series:
@@ -101,8 +102,8 @@ class Series:
     __radd__ = __add__
     __rmul__ = __mul__
 
-    def of(self, taylor: Sequence[mpf]) -> Series:
-        """f of this, where f has these Taylor coefficients at its value."""
+    def compose(self, taylor: Sequence[mpf]) -> Series:
+        """f of this series, where f has these Taylor coefficients at its value."""
         change = Series([mpf(0), *self.coefficients[1:]], self.variables)
         *lower, total = taylor
         total = change * 0 + total
@@ -116,20 +117,21 @@ def _number(x: Any) -> Any:
 
 
 def variables(*point: mpf) -> list[Series]:
-    """The variables themselves, about a point."""
+    """The series of the variables themselves about a point."""
     orders, _ = _products(len(point))
 
-    def one(i: int) -> Series:
+    def build_variable(i: int) -> Series:
         first = tuple(int(k == i) for k in range(len(point)))
         return Series(
-            [point[i] if sum(o) == 0 else mpf(int(o == first)) for o in orders], len(point)
+            [point[i] if sum(order) == 0 else mpf(int(order == first)) for order in orders],
+            len(point),
         )
 
-    return [one(i) for i in range(len(point))]
+    return [build_variable(i) for i in range(len(point))]
 
 
 def exp(x: Series) -> Series:
-    return x.of([mp.exp(x.value) / math.factorial(k) for k in range(ORDER + 1)])
+    return x.compose([mp.exp(x.value) / math.factorial(k) for k in range(ORDER + 1)])
 
 
 def expm1(x: Series) -> Series:
@@ -138,88 +140,90 @@ def expm1(x: Series) -> Series:
 
 def log(x: Series) -> Series:
     v = x.value
-    return x.of([mp.log(v), *(-((-1) ** k) / (k * v**k) for k in range(1, ORDER + 1))])
+    return x.compose([mp.log(v), *(-((-1) ** k) / (k * v**k) for k in range(1, ORDER + 1))])
 
 
 def sqrt(x: Series) -> Series:
     root = mp.sqrt(x.value)
-    return x.of([mp.binomial(mpf(1) / 2, k) * root / x.value**k for k in range(ORDER + 1)])
+    return x.compose([mp.binomial(mpf(1) / 2, k) * root / x.value**k for k in range(ORDER + 1)])
 
 
 def cos(x: Series) -> Series:
     c, s = mp.cos_sin(x.value)
-    return x.of([c, -s, -c / 2, s / 6])
+    return x.compose([c, -s, -c / 2, s / 6])
 
 
 def expm1_ratio(x: Series) -> Series:
     """(exp(x) - 1) / x, also at 0."""
     if x.value:
         return expm1(x) / x
-    return x.of([mpf(1) / math.factorial(k + 1) for k in range(ORDER + 1)])
+    return x.compose([mpf(1) / math.factorial(k + 1) for k in range(ORDER + 1)])
 
 
-# What a row says of a loss.
+# The statements of a row.
 
 Three = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A loss, or of a loss with two sides what its sides weigh."""
+    """The truth about a loss. Of a loss with two sides, formula and views are those of one side."""
 
-    even: Callable[..., Series]
-    """The textbook's formula, of the residual and its parameters."""
+    formula_of_side: Callable[..., Series]
+    """The textbook's formula, a function of the residual and its parameters."""
     views: Callable[..., Sequence[Any]] | None = None
-    """Value, slope and curvature at |r| in float64, of NumPy or jax.numpy, |r| and the parameters;
-    and, where slope or curvature passes through 0 away from 0, the size of their terms."""
+    """Value, slope and curvature at |r| in float64, a function of NumPy or jax.numpy, |r| and the
+    parameters. Where slope or curvature passes through 0 away from r = 0, the sizes of their terms
+    follow."""
     parameters: tuple[str, ...] = ("delta",)
-    """What follows the residual."""
+    """The parameters after the residual, in the order of the formula."""
     ulps: Three | None = None
-    """The accepted error of value, slope and curvature in float32, at any delta."""
+    """The largest accepted errors of value, slope and curvature in float32, at any delta."""
     all_ulps: Three | None = None
-    """The same over all 2**32 numbers, where these reach more than the tests' sample does."""
+    """The same over all 2**32 numbers, where they are larger than over the sample of the tests."""
     kinks: tuple[float, ...] = ()
-    """|r| / delta where a derivative to second order jumps, 0 apart."""
+    """The values of |r| / delta, 0 apart, at which a first or second derivative jumps."""
     degree: int = 2
-    """The loss is delta**degree f(r / delta)."""
+    """The loss is `delta**degree f(r / delta)`."""
     unit: bool = True
-    """Whether it is r**2 / 2 near 0; of a loss with two sides, at q = 1/2."""
-    sides: int = 0
-    """How many times 1 - q above 0, and q below, it counts; 0: alike on both sides."""
-    at: tuple[dict[str, Any], ...] = ({},)
-    """Numbers for parameters other than delta at which it is tested."""
+    """Whether the loss is r**2 / 2 near 0; of a loss with two sides, at q = 1/2."""
+    side_factor: int = 0
+    """The side above 0 has the factor (1 - q) times this, the side below q times this; 0: even."""
+    cases: tuple[dict[str, Any], ...] = ({},)
+    """Values of the parameters other than delta for the tests."""
+    case_ulps: tuple[Three, ...] | None = None
+    """`ulps` of each case, where they differ."""
     choices: dict[str, tuple[float, ...]] | None = None
-    """Of a parameter, the only numbers at which all derivatives are measured."""
+    """Of a parameter, the only values at which all derivatives are measured."""
 
-    def formula(self, r: Series, *parameters: Any, **more: Any) -> Series:
+    def formula(self, r: Series, *parameters: Any, **fixed: Any) -> Series:
         """The loss; at 0 its derivatives of odd order in r are those from the right."""
-        if not self.sides:
-            return self.even(r, *parameters, **more)
+        if not self.side_factor:
+            return self.formula_of_side(r, *parameters, **fixed)
         q, *others = parameters
         side = 0 * q + mpf(1) / 2 if r.value == 0 else q if r.value < 0 else 1 - q
-        return self.sides * side * self.even(r, *others)
+        return self.side_factor * side * self.formula_of_side(r, *others)
 
-    def in_float64(self, xp: Any, r: Any, *parameters: Any, **more: Any) -> tuple[Any, ...]:
-        """Value, slope, curvature, and the size of the terms of the last two."""
-        weight, sign = 1.0, xp.sign(r)
-        if self.sides:
+    def in_float64(self, xp: Any, r: Any, *parameters: Any, **fixed: Any) -> tuple[Any, ...]:
+        """Value, slope, curvature, and the sizes of the terms of the last two."""
+        side, sign = 1.0, xp.sign(r)
+        if self.side_factor:
             q, *parameters = parameters
-            weight = self.sides * xp.where(r == 0, 0.5, xp.where(r > 0, 1 - q, q))
-        value, slope, bend, *terms = self.views(xp, xp.abs(r), *parameters, **more)
+            side = self.side_factor * xp.where(r == 0, 0.5, xp.where(r > 0, 1 - q, q))
+        value, slope, bend, *terms = self.views(xp, xp.abs(r), *parameters, **fixed)
         in_slope, in_bend = terms or (0 * r, 0 * r)
-        every = (value, sign * slope, bend, in_slope, in_bend)
-        return tuple(weight * x for x in every)
+        return tuple(side * x for x in (value, sign * slope, bend, in_slope, in_bend))
 
 
 ROWS: dict[str, Row] = {}
 """The row of each loss in `rl.LOSSES`."""
 
 
-def row(even: Callable[..., Series], **more: Any) -> Callable[[Callable[..., Any]], Row]:
-    """Makes a row of the loss whose name the function has, which is its `views`."""
+def row(formula: Callable[..., Series], **fields: Any) -> Callable[[Callable[..., Any]], Row]:
+    """Adds the row of a loss. The decorated function has its name and computes its views."""
 
     def add(views: Callable[..., Any]) -> Row:
-        ROWS[views.__name__] = Row(even, views, **more)
+        ROWS[views.__name__] = Row(formula, views, **fields)
         return ROWS[views.__name__]
 
     return add
@@ -359,7 +363,8 @@ def _hampel(r: Series, d: Series, knots: Sequence[Any] = KNOTS) -> Series:
     _hampel,
     ulps=(3.5, 1.5, 0.7),
     kinks=KNOTS,
-    at=({"knots": KNOTS}, {"knots": (2.0, 2.0, 2.75)}),
+    cases=({"knots": KNOTS}, {"knots": (2.0, 2.0, 2.75)}),
+    case_ulps=((3.5, 1.5, 0.7), (2.0, 0.6, 1.8)),
 )
 def hampel(xp, a, d, knots=KNOTS):
     k, b, c = knots
@@ -383,18 +388,23 @@ def talwar(xp, a, d):
 
 
 ROWS["quantile"] = replace(
-    absolute_error, parameters=("q",), sides=1, at=({"q": 0.5}, {"q": 0.875})
+    absolute_error, parameters=("q",), side_factor=1, cases=({"q": 0.5}, {"q": 0.875})
 )
 ROWS["expectile"] = replace(
-    squared_error, parameters=("q",), sides=1, at=({"q": 0.25},), ulps=(1.5, 0.5, 0.5), unit=True
+    squared_error,
+    parameters=("q",),
+    side_factor=1,
+    cases=({"q": 0.25},),
+    ulps=(1.5, 0.5, 0.5),
+    unit=True,
 )
 ROWS["quantile_huber"] = replace(
-    huber, parameters=("q", "delta"), sides=2, at=({"q": 0.875},), ulps=(1.8, 0.51, 0.5)
+    huber, parameters=("q", "delta"), side_factor=2, cases=({"q": 0.875},), ulps=(1.8, 0.51, 0.5)
 )
 
 
 def _general(r: Series, alpha: Series, d: Series) -> Series:
-    """At alpha = 2 without its derivatives in alpha, which are infinite."""
+    """The general loss; at alpha = 2, the derivatives in alpha are infinite and left out."""
     z = (r / d) ** 2
     if mp.isinf(alpha.value):
         sign = mp.sign(alpha.value)
@@ -406,7 +416,7 @@ def _general(r: Series, alpha: Series, d: Series) -> Series:
     return d * d * b * logarithm / 2 * expm1_ratio(alpha * logarithm / 2)
 
 
-@row(_general, parameters=("alpha", "delta"), at=({"alpha": -1.5},), ulps=(5.0, 5.0, 8.0))
+@row(_general, parameters=("alpha", "delta"), cases=({"alpha": -1.5},), ulps=(5.0, 5.0, 8.0))
 def general(xp, a, alpha, d):
     b = abs(alpha - 2)
     z = (a / d) ** 2 / b
@@ -431,7 +441,7 @@ def _student_t(r: Series, df: Series, s: Series) -> Series:
     if mp.isinf(df.value):
         return _gaussian(r, s)
     distance = (df + 1) / 2 * log(1 + (r / s) ** 2 / df)
-    return distance + log(s) + df.of(_student_t_normaliser(df.value))
+    return distance + log(s) + df.compose(_student_t_normaliser(df.value))
 
 
 @cache
@@ -449,21 +459,21 @@ def _student_t_normaliser(df: mpf) -> list[mpf]:
 
 
 def _general_nll(r: Series, alpha: Series, s: Series) -> Series:
-    one = 0 * s + 1
-    distance = _general(r / s, alpha, one)
-    return distance + log(s) + alpha.of(_log_partition(alpha.value))
+    unit_scale = 0 * s + 1
+    distance = _general(r / s, alpha, unit_scale)
+    return distance + log(s) + alpha.compose(_log_partition(alpha.value))
 
 
 @cache
 def _log_partition(alpha: mpf) -> list[mpf]:
     """Taylor coefficients of the log of the integral of exp(-general(u)) over all u.
 
-    By the trapezoidal rule in v, u = sqrt(b) sinh(v), which converges geometrically.
+    The trapezoidal rule in v, with u = sqrt(b) sinh(v), converges geometrically.
     """
     with mp.workdps(45):
         b = abs(2 - alpha) or mpf(1)
         step = mpf(1) / 16
-        small = alpha < mpf("1e-3")  # there the density falls like a power
+        small = alpha < mpf("1e-3")  # the density then falls like a power
         end = 115 if small else mp.log(1 + alpha * 200 / b) / alpha + mp.log(4 + 100 * mp.sqrt(b))
         (a,) = variables(alpha)
         total = 0 * a
@@ -476,32 +486,32 @@ def _log_partition(alpha: mpf) -> list[mpf]:
 
 ROWS["gaussian_nll"] = Row(_gaussian, parameters=("scale",))
 ROWS["laplace_nll"] = Row(_laplace, parameters=("scale",))
-ROWS["student_t_nll"] = Row(_student_t, parameters=("df", "scale"), at=({"df": 3.0},))
+ROWS["student_t_nll"] = Row(_student_t, parameters=("df", "scale"), cases=({"df": 3.0},))
 ROWS["general_nll"] = Row(
     _general_nll,
     parameters=("alpha", "scale"),
-    at=({"alpha": 1.25},),
+    cases=({"alpha": 1.25},),
     # Few, as each has an integral of its own.
     choices={"alpha": (0, 1e-6, 1e-3, 0.1, 0.5, 0.75, 1, 1.25, 1.5, 1.9, 1.99, 1.9999)},
 )
 
 
 def derivatives(name: str, *point: float) -> dict[tuple[int, ...], tuple[mpf, mpf]]:
-    """Every first and second derivative, by its arguments, and r times its slope in r."""
+    """By arguments: each first and second derivative, and r times its own derivative in r."""
     with mp.workdps(DIGITS):
-        at = [mpf(x) for x in point]
-        series = ROWS[name].formula(*variables(*at))
+        numbers = [mpf(x) for x in point]
+        series = ROWS[name].formula(*variables(*numbers))
         found = {}
         for order in (1, 2):
-            for of in itertools.combinations_with_replacement(range(len(point)), order):
-                orders = [of.count(k) for k in range(len(point))]
+            for arguments in itertools.combinations_with_replacement(range(len(point)), order):
+                orders = [arguments.count(k) for k in range(len(point))]
                 value = series.derivative(tuple(orders))
                 orders[0] += 1
-                found[of] = value, at[0] * series.derivative(tuple(orders))
-        if name == "general" and at[1] == 2:
-            infinite, r = mp.inf * abs(mp.sign(at[0])), at[0]
+                found[arguments] = value, numbers[0] * series.derivative(tuple(orders))
+        if name == "general" and numbers[1] == 2:
+            infinite, r = mp.inf * abs(mp.sign(numbers[0])), numbers[0]
             found[1,] = infinite, mpf(0)
             found[0, 1] = mp.sign(r) * infinite, mpf(0)
             found[1, 1] = mp.nan, mpf(0)  # no number is promised
-            found[1, 2] = -r * r / at[2] / 2, -r * r / at[2]
+            found[1, 2] = -r * r / numbers[2] / 2, -r * r / numbers[2]
         return found

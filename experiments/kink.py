@@ -1,9 +1,9 @@
-"""What is the derivative of MAE at zero, what do frameworks take there, and does it matter?
+"""What is the derivative of MAE at zero, what do frameworks return, and does it matter?
 
-Measures the derivatives of |r| at 0, -0, NaN and infinity, forward and reverse, in JAX, in
-this library and, where they are installed, in PyTorch and Keras on JAX; then what other
-losses of optax make of small residuals, 16-bit types and masked NaN; what the slope at the kink
-does to a fit that is already exact; and what smooth stand-ins for MAE cost.
+Measures the derivatives of |r| at 0, -0, NaN and infinity in forward and reverse mode: in JAX, in
+this library and, where they are installed, in PyTorch and Keras on JAX. Then measures the errors of
+other losses of optax at small residuals, in 16-bit types and at a masked NaN; the effect of the
+slope at the kink on an exact fit; and the cost of smooth stand-ins for MAE.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from rich.console import Console
 from rich.table import Table
 
 import robustloss as rl
-from experiments import Progress, UsageError, _plotting, _results
+from experiments import Progress, UsageError, _plotting, _results, ignore_progress, require
 
 POINTS = {"0": 0.0, "-0": -0.0, "NaN": np.nan, "inf": np.inf, "-inf": -np.inf}
 OURS = "rl.absolute_error"
-PRICES = {  # of the stand-ins: the largest error times the curvature
+PRICES = {  # of the stand-ins: the largest error times the curvature at 0
     "pseudo-Huber / mu": 1.0,
     "sqrt(r^2 + mu^2)": 1.0,
     "log-cosh / mu": np.log(2),
-    "r tanh(r / mu)": 0.556929,  # twice the largest x (1 - tanh x), which is W(1 / e)
+    "r tanh(r / mu)": 0.556929,  # 2 W(1 / e), twice the maximum of x (1 - tanh x)
     "Huber / mu": 0.5,
 }
 
@@ -46,9 +46,9 @@ class Config:
     steps: int = 20
     """Steps of gradient descent from the exact fit."""
     learning_rate: float = 0.01
-    """Their constant step size."""
+    """The constant step size."""
     out: Path | None = None
-    """Where to write; results/kink by default."""
+    """The output folder; results/kink by default."""
     plots: bool = True
     """Draw the picture."""
 
@@ -57,53 +57,62 @@ SMOKE = Config()
 
 
 class Result(NamedTuple):
-    """What was measured."""
+    """The measurements."""
 
-    slopes: dict[str, dict[str, tuple[float, float]]]  # framework, point: forward and reverse
-    losses: list[tuple[str, str, float, float, float]]  # what, of whom, theirs, ours, truth
+    slopes: dict[str, dict[str, tuple[float, float]]]  # by framework and point: forward and reverse
+    losses: list[
+        tuple[str, str, float, float, float]
+    ]  # task, source, value of the source, ours, truth
     descent: dict[str, np.ndarray]  # MAE by step, from an exact fit
-    smooth: dict[str, tuple[float, float]]  # largest error against |r|, curvature at 0
+    smooth: dict[str, tuple[float, float]]  # the largest error and the curvature at 0
 
 
-def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
-    """Measures all of it."""
+def run(config: Config, progress: Progress = ignore_progress) -> Result:
+    """Measures the slopes, the losses, the descent and the stand-ins."""
     if config.steps < 1:
         raise UsageError(f"--steps must be >= 1, got {config.steps}.")
     if not 0 < config.learning_rate < np.inf:
         raise UsageError(f"--learning-rate must be a positive number, got {config.learning_rate}.")
     progress(0.0, "slopes at the kink")
     frameworks = {"jnp.abs": jnp.abs, OURS: rl.absolute_error}
-    slopes = {name: _slopes(f) for name, f in frameworks.items()} | _torch() | _keras()
-    progress(0.5, "what else goes wrong near 0")
-    losses = _near_zero()
-    progress(0.8, "a fit that is exact")
-    return Result(slopes, losses, _descent(config), _smooth())
+    slopes = (
+        {name: _measure_slopes(f) for name, f in frameworks.items()}
+        | _measure_torch()
+        | _measure_keras()
+    )
+    progress(0.5, "other losses near 0")
+    losses = _measure_losses()
+    progress(0.8, "an exact fit")
+    return Result(slopes, losses, _trace_descent(config), _measure_stand_ins())
 
 
 def check(result: Result) -> None:
-    """Ours rests at 0 and shows a NaN; a slope of 1 at 0 keeps an exact fit from resting."""
+    """Our slope at 0 is 0 and at NaN is NaN; with slope 1 at 0 an exact fit does not rest."""
     ours = result.slopes[OURS]
-    assert all(slope == 0 for slope in (*ours["0"], *ours["-0"])), "ours is not 0 at 0"
-    assert np.isnan(ours["NaN"]).all(), "ours hides a NaN"
-    assert ours["inf"] == (1, 1), "ours is not 1 at infinity"
-    assert ours["-inf"] == (-1, -1), "ours is not -1 at -infinity"
-    for what, _, theirs, mine, truth in result.losses:
-        assert _relative(mine, truth) <= min(1e-2, _relative(theirs, truth)), f"{what}: {mine}"
-    assert result.descent["kink = 0"].max() == 0, "kink 0 leaves an exact fit"
-    assert result.descent["kink = 1"][1::2].min() > 0, "kink 1 rests at an exact fit"
+    require(all(slope == 0 for slope in (*ours["0"], *ours["-0"])), "our slope is not 0 at 0")
+    require(np.isnan(ours["NaN"]).all(), "our slope is not NaN at NaN")
+    require(ours["inf"] == (1, 1), "our slope is not 1 at infinity")
+    require(ours["-inf"] == (-1, -1), "our slope is not -1 at -infinity")
+    for task, _, peer, own, truth in result.losses:
+        require(
+            _relative_error(own, truth) <= min(1e-2, _relative_error(peer, truth)),
+            f"{task}: {own}",
+        )
+    require(result.descent["kink = 0"].max() == 0, "with kink 0 an exact fit does not rest")
+    require(result.descent["kink = 1"][1::2].min() > 0, "with kink 1 an exact fit rests")
     for name, (error, bend) in result.smooth.items():
-        assert abs(error * bend - PRICES[name]) < 1e-5, f"{name}: {error * bend}"
+        require(abs(error * bend - PRICES[name]) < 1e-5, f"{name}: {error * bend}")
 
 
 def show(result: Result, console: Console) -> None:
-    """The tables."""
+    """Prints the tables."""
     table = Table("slope of |r|, forward / reverse", *POINTS)
     for name, slopes in result.slopes.items():
         table.add_row(name, *[f"{f:g} / {r:g}" for f, r in (slopes[p] for p in POINTS)])
     console.print(table)
-    table = Table("what", "of", "gives", "ours", "truth")
-    for what, whom, theirs, ours, truth in result.losses:
-        table.add_row(what, whom, *[f"{v:.4g}" for v in (theirs, ours, truth)])
+    table = Table("task", "source", "value", "ours", "truth")
+    for task, source, peer, ours, truth in result.losses:
+        table.add_row(task, source, *[f"{v:.4g}" for v in (peer, ours, truth)])
     console.print(table)
     table = Table(
         "smooth stand-in, mu = 0.1", "largest error", "curvature at 0", "error x curvature"
@@ -114,22 +123,22 @@ def show(result: Result, console: Console) -> None:
 
 
 def findings(result: Result) -> list[str]:
-    """What was found."""
-    off = result.descent["kink = 1"].max()
-    taken = ", ".join(f"{name} {of['0'][1]:g}" for name, of in result.slopes.items())
+    """What the experiment finds."""
+    largest = result.descent["kink = 1"].max()
+    taken = ", ".join(f"{name} {slopes['0'][1]:g}" for name, slopes in result.slopes.items())
     return [
-        f"At 0 any number in [-1, 1] is a slope of |r|. What is taken there: {taken}.",
-        "Gradient descent on MAE from an exact fit: with the slope 0 at 0 nothing moves; with "
-        f"the slope 1, that of jnp.abs, every other step is pushed off to an MAE of {off:.2g} "
-        "and comes back.",
-        "A smooth stand-in pays for its nearness to |r| in curvature, which limits the step: the "
-        "largest error times the curvature at 0 is 1 for pseudo-Huber and sqrt(r^2 + mu^2), 0.69 "
-        "for log-cosh, 0.56 for r tanh(r / mu) and 0.5 for Huber's loss.",
+        f"At 0 any number in [-1, 1] is a slope of |r|. The slopes taken at 0: {taken}.",
+        "Gradient descent on MAE from an exact fit does not move with the slope 0 at 0. With "
+        f"the slope 1, that of jnp.abs, every other step moves to an MAE of {largest:.2g} and the "
+        "next step moves back.",
+        "The nearer a smooth stand-in is to |r|, the larger its curvature, which limits the step: "
+        "the largest error times the curvature at 0 is 1 for pseudo-Huber and sqrt(r^2 + mu^2), "
+        "0.69 for log-cosh, 0.56 for r tanh(r / mu) and 0.5 for Huber's loss.",
     ]
 
 
 def files(config: Config, result: Result) -> dict[str, bytes]:
-    """What goes into the output folder."""
+    """The files of the output folder."""
     written = {
         "result.json": _results.record(
             config,
@@ -140,12 +149,12 @@ def files(config: Config, result: Result) -> dict[str, bytes]:
         )
     }
     if config.plots:
-        written["kink.png"] = _results.picture(plot(result))
+        written["kink.png"] = _results.render(plot(result))
     return written
 
 
 def plot(result: Result) -> Figure:
-    """The slope around 0, and what it does to a fit that is exact."""
+    """The slope around 0, and its effect on an exact fit."""
     with mpl.rc_context(_plotting.STYLE):
         figure = Figure(figsize=(10, 4))
         left, right = figure.subplots(1, 2)
@@ -153,16 +162,15 @@ def plot(result: Result) -> Figure:
         for side in (r[r < 0], r[r > 0]):
             left.plot(side, jax.vmap(jax.grad(rl.absolute_error))(side), color="0.6", lw=2)
         for i, (name, slopes) in enumerate(result.slopes.items()):
-            left.plot(
-                0, slopes["0"][1], "os^D"[i % 4], color=_plotting.COLORS[i], ms=9 - i, label=name
-            )
-        left.set(title="Slope of |r|: what is taken at 0", xlabel="residual r", ylabel="slope")
+            color, _, marker = _plotting.SERIES[i]
+            left.plot(0, slopes["0"][1], marker, color=color, ms=9 - i, label=name)
+        left.set(title="Slope of |r| and its value at 0", xlabel="residual r", ylabel="slope")
         left.set(xticks=(-1, 0, 1), yticks=(-1, 0, 1))
         left.legend(loc="lower right")
-        for i, (name, path) in enumerate(result.descent.items()):
-            right.plot(path, color=_plotting.COLORS[1 - i], lw=2, label=name)
+        for (name, path), i in zip(result.descent.items(), (1, 0), strict=True):
+            right.plot(path, **_plotting.get_series_line(i), lw=2, label=name)
         right.set(
-            title="An exact fit rests only with 0 there",
+            title="An exact fit rests only with slope 0 at 0",
             xlabel="step of gradient descent",
             ylabel="MAE",
         )
@@ -173,19 +181,19 @@ def plot(result: Result) -> Figure:
 
 
 def folder(config: Config) -> Path:
-    """Where the results go."""
+    """The output folder."""
     return config.out or Path("results") / "kink"
 
 
-def _slopes(f: Callable[..., Any]) -> dict[str, tuple[float, float]]:
-    def both(x: float) -> tuple[float, float]:
+def _measure_slopes(f: Callable[..., Any]) -> dict[str, tuple[float, float]]:
+    def differentiate(x: float) -> tuple[float, float]:
         r = jnp.float32(x)
         return float(jax.jvp(f, (r,), (jnp.ones_like(r),))[1]), float(jax.grad(f)(r))
 
-    return {name: both(x) for name, x in POINTS.items()}
+    return {name: differentiate(x) for name, x in POINTS.items()}
 
 
-def _torch() -> dict[str, dict[str, tuple[float, float]]]:
+def _measure_torch() -> dict[str, dict[str, tuple[float, float]]]:
     if importlib.util.find_spec("torch") is None:
         return {}
     import torch  # noqa: PLC0415
@@ -201,7 +209,7 @@ def _torch() -> dict[str, dict[str, tuple[float, float]]]:
     return {"torch": {name: (forward(x), reverse(x)) for name, x in POINTS.items()}}
 
 
-def _keras() -> dict[str, dict[str, tuple[float, float]]]:
+def _measure_keras() -> dict[str, dict[str, tuple[float, float]]]:
     if importlib.util.find_spec("keras") is None:
         return {}
     os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -210,13 +218,13 @@ def _keras() -> dict[str, dict[str, tuple[float, float]]]:
     if keras.backend.backend() != "jax":
         return {}
     loss = keras.losses.MeanAbsoluteError()
-    return {"keras on jax": _slopes(lambda r: loss(jnp.zeros((1,)), r[None]))}
+    return {"keras on jax": _measure_slopes(lambda r: loss(jnp.zeros((1,)), r[None]))}
 
 
-def _near_zero() -> list[tuple[str, str, float, float, float]]:
-    """Where other losses of optax lose what matters: what, whose, theirs, ours, the truth."""
-    half, brain = jnp.float16, jnp.bfloat16
-    small = float(brain(0.001))
+def _measure_losses() -> list[tuple[str, str, float, float, float]]:
+    """Tasks in which losses of optax fail: task, source, value of the source, ours, the truth."""
+    float16, bfloat16 = jnp.float16, jnp.bfloat16
+    small = float(bfloat16(0.001))
     nan_target = (jnp.array([1.0, 2.0]), jnp.array([0.5, jnp.nan]), jnp.array([True, False]))
 
     def masked(loss: Callable[..., jax.Array]) -> float:
@@ -230,11 +238,11 @@ def _near_zero() -> list[tuple[str, str, float, float, float]]:
     return [
         ("log-cosh at 1e-4", "optax.log_cosh", float(optax.log_cosh(jnp.float32(1e-4))),
          float(rl.log_cosh(jnp.float32(1e-4))), float(np.log(np.cosh(np.longdouble(1e-4))))),
-        ("log-cosh at 0.03, float16", "optax.log_cosh", float(optax.log_cosh(half(0.03))),
-         float(rl.log_cosh(half(0.03))), float(np.log(np.cosh(float(half(0.03)))))),
+        ("log-cosh at 0.03, float16", "optax.log_cosh", float(optax.log_cosh(float16(0.03))),
+         float(rl.log_cosh(float16(0.03))), float(np.log(np.cosh(float(float16(0.03)))))),
         ("slope of Huber at 0.001, bfloat16", "optax.huber_loss",
-         float(jax.grad(optax.huber_loss)(brain(0.001))),
-         float(jax.grad(rl.huber)(brain(0.001))), small),
+         float(jax.grad(optax.huber_loss)(bfloat16(0.001))),
+         float(jax.grad(rl.huber)(bfloat16(0.001))), small),
         ("curvature of Huber at delta", "optax.huber_loss",
          float(bend(1.0)), float(rl.curvature(rl.huber, 1.0)), 1.0),
         ("slope at a NaN target that is masked", "optax.huber_loss", masked(optax.huber_loss),
@@ -242,8 +250,8 @@ def _near_zero() -> list[tuple[str, str, float, float, float]]:
     ]  # fmt: skip
 
 
-def _descent(config: Config) -> dict[str, np.ndarray]:
-    """MAE along gradient descent that starts at the exact fit of y = 2 x + 1."""
+def _trace_descent(config: Config) -> dict[str, np.ndarray]:
+    """MAE by step of gradient descent from the exact fit of y = 2 x + 1."""
     x = jnp.linspace(0.0, 1.0, 11)
     exact = jnp.array([2.0, 1.0])
     y = exact[0] * x + exact[1]
@@ -263,8 +271,8 @@ def _descent(config: Config) -> dict[str, np.ndarray]:
     return {f"kink = {kink:g}": path(kink) for kink in (0.0, 1.0)}
 
 
-def _smooth() -> dict[str, tuple[float, float]]:
-    """The largest error against |r| and the curvature at 0."""
+def _measure_stand_ins() -> dict[str, tuple[float, float]]:
+    """The largest difference from |r| and the curvature at 0, by stand-in."""
     mu, r = 0.1, np.append(np.linspace(0.0, 20.0, 400_001), 1e6)
     stand_ins = {
         "pseudo-Huber / mu": lambda r: rl.pseudo_huber(r, delta=mu) / mu,
@@ -283,7 +291,7 @@ def _smooth() -> dict[str, tuple[float, float]]:
         }
 
 
-def _relative(got: float, truth: float) -> float:
+def _relative_error(got: float, truth: float) -> float:
     if np.isnan(got):
         return np.inf
     return abs(got - truth) / abs(truth) if truth else abs(got)

@@ -1,9 +1,8 @@
 """Does MAE or MSE make any real difference, and when is the landscape convex?
 
-The surfaces of all losses over two parameters: of a line, and of one neuron, whose tanh bends
-them. Data with outliers and a known truth, many sets of them: where the minimum is, whether the
-surface is convex, the way an optimiser takes, and the share of random starts that end in the best
-minimum.
+Draws the surface of each loss over the two parameters of a line and of one neuron with a tanh. Many
+data sets with outliers and a known truth show where the minimum is, whether the surface is convex,
+the path of an optimiser, and the share of random starts that end in the best minimum.
 """
 
 from __future__ import annotations
@@ -25,10 +24,19 @@ from rich.console import Console
 from rich.table import Table
 
 import robustloss as rl
-from experiments import Keep, Progress, UsageError, _plotting, _results, compute
-from experiments._descent import descent
-from experiments._devices import over_devices
-from experiments._losses import example, has_delta, title, tuned, with_delta
+from experiments import (
+    Cache,
+    Progress,
+    UsageError,
+    _plotting,
+    _results,
+    compute_arrays,
+    ignore_progress,
+    require,
+)
+from experiments._descent import descend
+from experiments._distribution import distribute
+from experiments._losses import fix_parameters, has_delta, set_delta, title, tune_delta
 from robustloss.losses import asymmetric, convex, redescending
 
 MODELS: dict[str, Callable[[Array, Array], Array]] = {
@@ -37,7 +45,7 @@ MODELS: dict[str, Callable[[Array, Array], Array]] = {
 }
 TRUTH = np.array([0.5, 1.5])
 NOISE = 0.1
-REACH = 4.0  # of the surfaces and of the starts, around 0
+LIMIT = 4.0  # surfaces and starts are within this distance from 0, in each parameter
 GRID = 61
 SHOWN = ("squared_error", "absolute_error", "huber", "tukey")
 
@@ -47,21 +55,21 @@ class Config:
     """Settings of `landscape`."""
 
     losses: tuple[str, ...] = ()
-    """Of `robustloss.LOSSES`; by default all that are 0 at 0 and fit the middle."""
+    """Losses of `robustloss.LOSSES`; by default all that are 0 at 0 and not asymmetric."""
     rows: int = 40
-    """Of each data set."""
+    """Rows of each data set."""
     outliers: float = 0.2
     """The share of the rows whose y is put below all others."""
     sets: int = 20
     """Data sets."""
     starts: int = 50
-    """Random starts in each."""
+    """Random starts in each data set."""
     steps: int = 400
-    """Of Adam, its step size falling to 0."""
+    """Steps of Adam, whose step size decreases to 0."""
     seed: int = 0
-    """Of the data and the starts."""
+    """The seed of the data and the starts."""
     out: Path | None = None
-    """Where to write; results/landscape by default."""
+    """The output folder; results/landscape by default."""
     plots: bool = True
     """Draw the pictures."""
 
@@ -70,18 +78,18 @@ SMOKE = Config(losses=SHOWN, sets=3, starts=20, steps=300)
 
 
 class Found(NamedTuple):
-    """Of one loss and model."""
+    """The surface and the minima of one loss and model."""
 
     surface: np.ndarray  # on the grid, of the first data set
-    convex: bool  # on the grid: no direction in which the surface bends down
-    path: np.ndarray  # of the parameters, from one start, in the first data set
+    convex: bool  # on the grid, the surface bends down in no direction
+    path: np.ndarray  # the parameters by step from one start, in the first data set
     best: np.ndarray  # the parameters of the best end in the first data set
     share: float  # of the starts that end in the best minimum, over all sets
     error: float  # the median distance of the best minimum from the truth
 
 
 class Result(NamedTuple):
-    """By loss and model."""
+    """The surfaces and minima by loss and model."""
 
     losses: tuple[str, ...]
     outliers: float
@@ -89,9 +97,9 @@ class Result(NamedTuple):
 
 
 def run(
-    config: Config, progress: Progress = lambda done, what: None, keep: Keep = compute
+    config: Config, progress: Progress = ignore_progress, cache: Cache = compute_arrays
 ) -> Result:
-    """Draws every surface, and descends it from everywhere."""
+    """Computes every surface and descends from every start."""
     for option, least in (("rows", 10), ("sets", 1), ("starts", 2), ("steps", 100)):
         if getattr(config, option) < least:
             raise UsageError(f"--{option} must be >= {least}, got {getattr(config, option)}.")
@@ -100,7 +108,8 @@ def run(
     known = tuple(
         name
         for name in rl.LOSSES
-        if example(name)(0.0) == 0 and name not in asymmetric.__all__  # these fit something else
+        if fix_parameters(name)(0.0) == 0
+        and name not in asymmetric.__all__  # these fit quantiles or expectiles
     )
     for name in config.losses:
         if name not in known:
@@ -113,33 +122,36 @@ def run(
         for i, name in enumerate(losses):
             for j, model in enumerate(MODELS):
                 progress((i + j / 2) / len(losses), f"{title(name)}, {model}")
-                of = keep(f"{name}-{model}", partial(_one, config, name, model))
-                values = (np.asarray(of[key]) for key in Found._fields)
+                arrays = cache(f"{name}-{model}", partial(_measure_loss, config, name, model))
+                values = (np.asarray(arrays[key]) for key in Found._fields)
                 found[name, model] = Found(*(v if v.ndim else v.item() for v in values))
     return Result(losses, config.outliers, found)
 
 
 def check(result: Result) -> None:
-    """Convex losses have one minimum for a line and may have more for a neuron."""
-    many = []
+    """Convex losses have one minimum for a line and can have more for a neuron."""
+    shares = []
     for name in result.losses:
         line, neuron = (result.found[name, model] for model in MODELS)
         if name in redescending.__all__:
-            assert not line.convex, f"{title(name)} is convex"
+            require(not line.convex, f"{title(name)} is convex")
             continue
         if name not in convex.__all__:
             continue
-        assert line.convex, f"{title(name)} of a line is not convex"
-        assert line.share == 1, f"{title(name)} of a line has ends apart ({line.share:.0%})"
-        assert not neuron.convex, f"{title(name)} of a neuron is convex"
-        many.append(neuron.share)
-    assert min(many) < 0.95, "from every start a neuron ended in the best minimum"
+        require(line.convex, f"{title(name)} of a line is not convex")
+        require(
+            line.share == 1,
+            f"{title(name)} of a line: {line.share:.0%} of starts reach the best minimum",
+        )
+        require(not neuron.convex, f"{title(name)} of a neuron is convex")
+        shares.append(neuron.share)
+    require(min(shares) < 0.95, "for a neuron, every start ends in the best minimum")
     mse, mae = (result.found[name, "line"].error for name in ("squared_error", "absolute_error"))
-    assert mae < mse / 3, "MAE's minimum is not much nearer the truth than MSE's"
+    require(mae < mse / 3, "MAE's minimum is not three times nearer to the truth than MSE's")
 
 
 def findings(result: Result) -> list[str]:
-    """What was found."""
+    """What the experiment finds."""
     mse, mae = (
         [result.found[name, model] for model in MODELS]
         for name in ("squared_error", "absolute_error")
@@ -150,71 +162,71 @@ def findings(result: Result) -> list[str]:
     )
     return [
         "For a model that is linear in its parameters a convex loss has one minimum, which every "
-        "start reaches; redescending losses have more. Behind a tanh no surface is convex, and "
+        "start reaches; redescending losses have more. With a tanh no surface is convex, and "
         f"{low:.0%} to {high:.0%} of random starts end in the best minimum of a convex loss.",
-        f"What MAE or MSE decides is where that minimum is: with {result.outliers:.0%} of the rows "
-        f"bad, MSE's is {mse[0].error:.2f} from the truth for the line and {mse[1].error:.2f} for "
-        f"the neuron, MAE's {mae[0].error:.2f} and {mae[1].error:.2f}.",
+        f"The choice of MAE or MSE decides where the minimum is: with {result.outliers:.0%} of the "
+        f"rows bad, MSE's minimum is {mse[0].error:.2f} from the truth for the line and "
+        f"{mse[1].error:.2f} for the neuron, MAE's {mae[0].error:.2f} and {mae[1].error:.2f}.",
     ]
 
 
 def show(result: Result, console: Console) -> None:
-    """The table."""
+    """Prints the table."""
     table = Table(
-        "loss", *[f"{m}: {w}" for m in MODELS for w in ("convex", "best end", "off")],
-        title="best end: starts that end in the best minimum; off: its distance from the truth",
+        "loss", *[f"{m}: {w}" for m in MODELS for w in ("convex", "best end", "error")],
+        title="best end: starts that end in the best minimum; error: its distance from the truth",
     )  # fmt: skip
     for name in result.losses:
         cells = []
         for model in MODELS:
-            of = result.found[name, model]
-            cells += ["yes" if of.convex else "no", f"{of.share:.0%}", f"{of.error:.2f}"]
+            found = result.found[name, model]
+            cells += ["yes" if found.convex else "no", f"{found.share:.0%}", f"{found.error:.2f}"]
         table.add_row(title(name), *cells)
     console.print(table)
 
 
 def files(config: Config, result: Result) -> dict[str, bytes]:
-    """What goes into the output folder."""
+    """The files of the output folder."""
     described = {
-        f"{name}, {model}": {"convex": of.convex, "share": of.share, "error": of.error}
-        for (name, model), of in result.found.items()
+        f"{name}, {model}": {"convex": f.convex, "share": f.share, "error": f.error}
+        for (name, model), f in result.found.items()
     }
     written = {"result.json": _results.record(config, found=described)}
     if config.plots:
-        written["landscape.png"] = _results.picture(plot(result))
+        written["landscape.png"] = _results.render(plot(result))
         if result.losses != SHOWN:
-            written["landscape-all.png"] = _results.picture(plot(result, result.losses))
+            written["landscape-all.png"] = _results.render(plot(result, result.losses))
     return written
 
 
 def folder(config: Config) -> Path:
-    """Where the results go."""
+    """The output folder."""
     return config.out or Path("results") / "landscape"
 
 
 def plot(result: Result, names: tuple[str, ...] = SHOWN) -> Figure:
-    """The surfaces, a row for each model, with the way of Adam, the minimum and the truth."""
+    """The surfaces, a row for each model, with the path of Adam, the minimum and the truth."""
     with mpl.rc_context(_plotting.STYLE):
-        across = min(len(names), 5)
-        bands = -(-len(names) // across)
-        figure = Figure(figsize=(2.6 * across, 5.6 * bands))
-        axes = figure.subplots(2 * bands, across, sharex=True, sharey=True, squeeze=False)
-        grid = np.linspace(-REACH, REACH, GRID)
+        columns = min(len(names), 5)
+        bands = -(-len(names) // columns)
+        figure = Figure(figsize=(2.6 * columns, 5.6 * bands))
+        axes = figure.subplots(2 * bands, columns, sharex=True, sharey=True, squeeze=False)
+        grid = np.linspace(-LIMIT, LIMIT, GRID)
         for i, name in enumerate(names):
             for j, model in enumerate(MODELS):
-                panel = axes[2 * (i // across) + j, i % across]
-                of = result.found[name, model]
-                levels = np.quantile(of.surface, np.linspace(0, 1, 15))
+                panel = axes[2 * (i // columns) + j, i % columns]
+                found = result.found[name, model]
+                levels = np.quantile(found.surface, np.linspace(0, 1, 15))
                 panel.contourf(
-                    grid, grid, of.surface, np.unique(levels), cmap="cividis_r"
-                )  # of the same area each
-                panel.plot(*of.path.T, color="white", lw=2.5)
-                panel.plot(*of.path.T, color="black", lw=1.2, label="way of Adam")
-                panel.plot(*of.best, "o", color="#D55E00", ms=7, label="best minimum")
+                    grid, grid, found.surface, np.unique(levels), cmap="cividis_r"
+                )  # each level covers the same area
+                panel.plot(*found.path.T, color="white", lw=2.5)
+                panel.plot(*found.path.T, color="black", lw=1.2, label="path of Adam")
+                panel.plot(*found.best, "o", color=_plotting.VERMILLION, ms=7, label="best minimum")
                 panel.plot(*TRUTH, "*", color="white", mec="black", ms=13, label="truth")
                 panel.set_title(f"{title(name)}, {model}", fontsize=11)
-                panel.set(xlim=(-REACH, REACH), ylim=(-REACH, REACH))
-        for panel in axes.flat[(len(names) % across and len(names)) or len(axes.flat) :]:
+                panel.set(xlim=(-LIMIT, LIMIT), ylim=(-LIMIT, LIMIT))
+        for panel in axes.flat[(len(names) % columns and len(names)) or len(axes.flat) :]:
             panel.set_visible(panel.has_data())
         for panel in axes[-1]:
             panel.set_xlabel("intercept")
@@ -222,7 +234,7 @@ def plot(result: Result, names: tuple[str, ...] = SHOWN) -> Figure:
             panel.set_ylabel("slope")
         if names == SHOWN:
             figure.suptitle(
-                "A line keeps a convex loss convex, a neuron does not; the loss decides where the "
+                "A convex loss is convex for a line, not for a neuron; the loss decides where the "
                 "minimum is", fontweight="bold", fontsize=12,
             )  # fmt: skip
         handles = axes[0, 0].get_legend_handles_labels()
@@ -230,52 +242,52 @@ def plot(result: Result, names: tuple[str, ...] = SHOWN) -> Figure:
         return figure
 
 
-def _one(config: Config, name: str, model: str) -> dict[str, Any]:
-    delta = tuned(name, efficiency=0.95) if has_delta(name) else 1.0
-    loss = with_delta(name, (1.0 if np.isnan(delta) else delta) * NOISE)
+def _measure_loss(config: Config, name: str, model: str) -> dict[str, Any]:
+    delta = tune_delta(name, efficiency=0.95) if has_delta(name) else 1.0
+    loss = set_delta(name, (1.0 if np.isnan(delta) else delta) * NOISE)
     predict = MODELS[model]
     optimizer = optax.adam(optax.cosine_decay_schedule(0.1, config.steps))
 
     def objective(b: Array, x: Array, y: Array) -> Array:
         return rl.mean(loss, predict(b, x), y)
 
-    def end(at: tuple[Array, Array]) -> tuple[Array, Array]:
-        start, which = at
+    def fit_start(item: tuple[Array, Array]) -> tuple[Array, Array]:
+        start, set_index = item
         found = rl.fit(
-            loss, predict, start, x[which], y[which], optimizer=optimizer, steps=config.steps,
-            tolerance=0.0,
+            loss, predict, start, x[set_index], y[set_index],
+            optimizer=optimizer, steps=config.steps, tolerance=0.0,
         )  # fmt: skip
         return found.params, found.value
 
     key = jax.random.key(config.seed)
-    x, y = jax.vmap(partial(_data, config, model))(jax.random.split(key, config.sets))
+    x, y = jax.vmap(partial(_draw_data, config, model))(jax.random.split(key, config.sets))
     starts = jax.random.uniform(
-        jax.random.fold_in(key, 1), (config.sets * config.starts, 2), minval=-REACH, maxval=REACH
+        jax.random.fold_in(key, 1), (config.sets * config.starts, 2), minval=-LIMIT, maxval=LIMIT
     )
-    which = np.repeat(np.arange(config.sets), config.starts)
-    every = over_devices(end, at_once=None)((starts, which))
-    ends, values = (np.asarray(v).reshape(config.sets, config.starts, -1) for v in every)
+    set_index = np.repeat(np.arange(config.sets), config.starts)
+    distributed = distribute(fit_start, group=None)((starts, set_index))
+    ends, values = (np.asarray(v).reshape(config.sets, config.starts, -1) for v in distributed)
     values = values[..., 0]
     best = values.min(axis=1, keepdims=True)
-    flat = np.asarray(jax.vmap(lambda x, y: objective(jnp.array([9.0, 0.0]), x, y))(x, y))
-    there = values <= best + 0.01 * np.abs(flat[:, None] - best)
+    reference = np.asarray(jax.vmap(lambda x, y: objective(jnp.array([9.0, 0.0]), x, y))(x, y))
+    successes = values <= best + 0.01 * np.abs(reference[:, None] - best)
     lowest = ends[np.arange(config.sets), values.argmin(1)]
 
-    grid = jnp.linspace(-REACH, REACH, GRID)
+    grid = jnp.linspace(-LIMIT, LIMIT, GRID)
     points = jnp.stack(jnp.meshgrid(grid, grid), axis=-1).reshape(-1, 2)
     surface = jax.jit(jax.vmap(lambda b: objective(b, x[0], y[0])))(points)
     return {
         "surface": np.asarray(surface).reshape(GRID, GRID),
-        "convex": _convex(np.asarray(surface).reshape(GRID, GRID)),
-        "path": _path(objective, optimizer, config.steps, x[0], y[0]),
+        "convex": _is_convex(np.asarray(surface).reshape(GRID, GRID)),
+        "path": _trace_descent(objective, optimizer, config.steps, x[0], y[0]),
         "best": lowest[0],
-        "share": there.mean(),
+        "share": successes.mean(),
         "error": np.median(np.linalg.norm(lowest - TRUTH, axis=1)),
     }
 
 
-def _convex(surface: np.ndarray) -> bool:
-    """Whether no three points in a row of the grid, along eight directions, bend down."""
+def _is_convex(surface: np.ndarray) -> bool:
+    """Whether no triple of points on the grid, along eight directions, bends down."""
     noise = 1e-9 * np.ptp(surface)
     for a, b in ((1, 0), (0, 1), (1, 1), (1, -1), (2, 1), (1, 2), (2, -1), (1, -2)):
         n = len(surface)
@@ -288,14 +300,14 @@ def _convex(surface: np.ndarray) -> bool:
     return True
 
 
-def _path(objective: Any, optimizer: Any, steps: int, x: Array, y: Array) -> np.ndarray:
-    whole = partial(descent, lambda b: objective(b, x, y), optimizer, steps=steps)
-    return np.asarray(jax.jit(whole)(jnp.array([-3.0, -1.0]))[1])
+def _trace_descent(objective: Any, optimizer: Any, steps: int, x: Array, y: Array) -> np.ndarray:
+    descend_path = partial(descend, lambda b: objective(b, x, y), optimizer, steps=steps)
+    return np.asarray(jax.jit(descend_path)(jnp.array([-3.0, -1.0]))[1])
 
 
-def _data(config: Config, model: str, key: Array) -> tuple[Array, Array]:
-    for_x, for_y = jax.random.split(key)
-    x = jax.random.uniform(for_x, (config.rows,), minval=-2.0, maxval=2.0)
-    y = MODELS[model](jnp.asarray(TRUTH), x) + NOISE * jax.random.normal(for_y, x.shape)
+def _draw_data(config: Config, model: str, key: Array) -> tuple[Array, Array]:
+    x_key, y_key = jax.random.split(key)
+    x = jax.random.uniform(x_key, (config.rows,), minval=-2.0, maxval=2.0)
+    y = MODELS[model](jnp.asarray(TRUTH), x) + NOISE * jax.random.normal(y_key, x.shape)
     bad = jnp.arange(config.rows) < config.outliers * config.rows
     return x, jnp.where(bad, -1.5 if model == "neuron" else -6.0, y)

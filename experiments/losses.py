@@ -1,8 +1,8 @@
 """What does each loss look like, and what does its tuning constant buy?
 
-A sheet per family: the loss, its influence, its weight and its curvature, each at the `delta`
-for 95 % efficiency at the normal; and what a `delta` buys, efficiency and the breakdown point of
-the S-estimate. A table has the constants.
+Draws a sheet for each family: the losses, influences, weights and curvatures, at the `delta` for
+95 % efficiency at the normal; and, as functions of `delta`, the efficiency and the breakdown point
+of the S-estimate. Prints a table of the constants.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 import robustloss as rl
-from experiments import Progress, UsageError, _plotting, _results
-from experiments._losses import EXAMPLES, has_delta, title, tuned, with_delta
+from experiments import Progress, UsageError, _plotting, _results, ignore_progress, require
+from experiments._losses import EXAMPLES, has_delta, set_delta, title, tune_delta
 from robustloss import losses as families
 
 VIEWS: dict[str, Callable[..., jax.Array]] = {
@@ -31,7 +31,7 @@ VIEWS: dict[str, Callable[..., jax.Array]] = {
     r"weight $w = \psi / r$": rl.weight,
     r"curvature $\rho''$": rl.curvature,
 }
-PUBLISHED = {  # at 95 % efficiency and at 50 % breakdown
+PUBLISHED = {  # `delta` for 95 % efficiency and for 50 % breakdown
     "huber": (1.344998, None),
     "log_cosh": (1.204707, None),
     "pseudo_huber": (1.287099, None),
@@ -50,23 +50,23 @@ class Config:
     """Settings of `losses`."""
 
     points: int = 25
-    """Values of `delta` at which efficiency and breakdown are computed."""
+    """Number of values of `delta` at which efficiency and breakdown are computed."""
     out: Path | None = None
-    """Where to write; results/losses by default."""
+    """The output folder; results/losses by default."""
     plots: bool = True
     """Draw the sheets."""
 
 
 class Loss(NamedTuple):
-    """One loss."""
+    """The constants and curves of one loss."""
 
     family: str
     at_95: float  # the delta for 95 % efficiency; NaN: none
     at_50: float  # the delta for 50 % breakdown; NaN: none
-    efficiency: float  # of the loss at at_95, or of the loss without a delta
-    sensitivity: float  # there too
+    efficiency: float  # at at_95, or of a loss without a delta
+    sensitivity: float  # gross-error sensitivity at the same delta
     curves: np.ndarray  # (views, residuals)
-    efficiencies: np.ndarray  # at each of the result's deltas; NaN without a delta
+    efficiencies: np.ndarray  # at the deltas of the result; empty without a delta
     breakdowns: np.ndarray
 
 
@@ -74,14 +74,14 @@ SMOKE = Config()
 
 
 class Result(NamedTuple):
-    """All of them, in units of the standard deviation of normal errors."""
+    """All losses, in units of the standard deviation of normal errors."""
 
     residuals: np.ndarray
     deltas: np.ndarray
     losses: dict[str, Loss]
 
 
-def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
+def run(config: Config, progress: Progress = ignore_progress) -> Result:
     """Evaluates every loss of the library."""
     if config.points < 2:
         raise UsageError(f"--points must be at least 2, got {config.points}.")
@@ -90,12 +90,12 @@ def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
     found = {}
     for i, name in enumerate(rl.LOSSES):
         progress(i / len(rl.LOSSES), name)
-        at_95, at_50 = tuned(name, efficiency=0.95), tuned(name, breakdown=0.5)
-        loss = with_delta(name, 1.0 if np.isnan(at_95) else at_95)
+        at_95, at_50 = tune_delta(name, efficiency=0.95), tune_delta(name, breakdown=0.5)
+        loss = set_delta(name, 1.0 if np.isnan(at_95) else at_95)
         with jax.enable_x64(True):
             views = jax.jit(lambda r, loss=loss: [view(loss, r) for view in VIEWS.values()])
             curves = np.array(views(r))
-        grid = [with_delta(name, d) for d in deltas] if has_delta(name) else []
+        grid = [set_delta(name, d) for d in deltas] if has_delta(name) else []
         bounded = np.isfinite(at_50)
         found[name] = Loss(
             family=rl.LOSSES[name].__module__.rsplit(".", 1)[-1],
@@ -112,26 +112,29 @@ def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
 
 def check(result: Result) -> None:
     """Each family obeys its law, and the constants are the published ones."""
-    assert set(result.losses) == set(rl.LOSSES)
+    require(set(result.losses) == set(rl.LOSSES), "the sheets do not show every loss")
     for name, loss in result.losses.items():
         psi = loss.curves[1]
         if loss.family == "convex":
-            assert np.all(np.diff(psi) >= -1e-12), f"the influence of {name} decreases"
+            require(np.all(np.diff(psi) >= -1e-12), f"the influence of {name} decreases")
         if loss.family == "redescending":
-            far = with_delta(name, 1.0)
-            assert abs(rl.influence(far, 1e6)) < 1e-5, f"the influence of {name} stays"
-            assert np.isfinite(loss.sensitivity), f"the influence of {name} is not bounded"
+            unit_loss = set_delta(name, 1.0)
+            require(
+                abs(rl.influence(unit_loss, 1e6)) < 1e-5,
+                f"the influence of {name} does not return to 0",
+            )
+            require(np.isfinite(loss.sensitivity), f"the influence of {name} is not bounded")
         if loss.family in ("convex", "redescending"):
-            assert np.allclose(psi, -psi[::-1]), f"the influence of {name} is not odd"
+            require(np.allclose(psi, -psi[::-1]), f"the influence of {name} is not odd")
         if np.isfinite(loss.at_95):
-            assert abs(loss.efficiency - 0.95) < 1e-9, f"{name} is {loss.efficiency} efficient"
+            require(abs(loss.efficiency - 0.95) < 1e-9, f"{name} is {loss.efficiency} efficient")
         for ours, published in zip((loss.at_95, loss.at_50), PUBLISHED.get(name, ()), strict=False):
             if published is not None:
-                assert abs(ours - published) < 1e-6, f"{name}: {ours} is not {published}"
+                require(abs(ours - published) < 1e-6, f"{name}: {ours} is not {published}")
 
 
 def show(result: Result, console: Console) -> None:
-    """The table."""
+    """Prints the table."""
     table = Table("family", "loss", "delta at 95 %", "at 50 %", "efficiency", "sensitivity")
     for name, loss in result.losses.items():
         fixed = ", ".join(f"{k}={v:g}" for k, v in EXAMPLES.get(name, {}).items())
@@ -146,16 +149,16 @@ def show(result: Result, console: Console) -> None:
 
 
 def findings(result: Result) -> list[str]:
-    """How to read the table."""
+    """An explanation of the table."""
     return [
         "delta at 95 %: for 95 % efficiency of the M-estimate at the normal; at 50 %: for a "
-        "breakdown point of 50 % of the S-estimate, which only a bounded loss has. Efficiency and "
-        "sensitivity are those at the first of these, or of the loss as it is where it has none."
+        "breakdown point of 50 % of the S-estimate, which requires a bounded loss. Efficiency and "
+        "sensitivity are those at the delta for 95 %; a loss without such a delta has its own."
     ]
 
 
 def files(config: Config, result: Result) -> dict[str, bytes]:
-    """What goes into the output folder."""
+    """The files of the output folder."""
     numbers = {
         name: {
             field: value
@@ -167,12 +170,12 @@ def files(config: Config, result: Result) -> dict[str, bytes]:
     written = {"result.json": _results.record(config, losses=numbers)}
     if config.plots:
         sheets = plot(result)
-        written |= {f"{name}.png": _results.picture(sheet) for name, sheet in sheets.items()}
+        written |= {f"{name}.png": _results.render(sheet) for name, sheet in sheets.items()}
     return written
 
 
 def folder(config: Config) -> Path:
-    """Where the results go."""
+    """The output folder."""
     return config.out or Path("results") / "losses"
 
 
@@ -183,16 +186,16 @@ def plot(result: Result) -> dict[str, Figure]:
         for family in families.FAMILIES:
             name = family.__name__.rsplit(".", 1)[-1]
             members = {n: loss for n, loss in result.losses.items() if loss.family == name}
-            sheets[name] = _sheet(name, members, result)
+            sheets[name] = _draw_sheet(name, members, result)
     return sheets
 
 
-def _sheet(family: str, members: dict[str, Loss], result: Result) -> Figure:
+def _draw_sheet(family: str, members: dict[str, Loss], result: Result) -> Figure:
     figure = Figure(figsize=(12, 7.2))
     panels = figure.subplots(2, 3)
-    styles = {name: _plotting.style(i) for i, name in enumerate(members)}
-    bends = np.max([loss.curves[3].max() for loss in members.values()])
-    top = 2.2 if bends > 1 else 1.1
+    styles = {name: _plotting.get_line(name) for name in members}
+    highest = np.max([loss.curves[3].max() for loss in members.values()])
+    top = 2.2 if highest > 1 else 1.1
     limits = ((-0.3, 9), (-4, 4), (-0.03 * top, top), (-1.1, top))
     for axes, view, i, limit in zip(
         (panels[0, 0], panels[0, 1], panels[1, 0], panels[1, 1]), VIEWS, range(4), limits,
@@ -201,31 +204,31 @@ def _sheet(family: str, members: dict[str, Loss], result: Result) -> Figure:
         for name, loss in members.items():
             axes.plot(result.residuals, loss.curves[i], lw=2, label=title(name), **styles[name])
         axes.set(title=view, ylim=limit, xlim=(-7, 7), xlabel="residual / standard deviation")
-    _against_delta(panels[0, 2], members, styles, result, "efficiencies")
+    _draw_deltas(panels[0, 2], members, styles, result, "efficiencies")
     panels[0, 2].axhline(0.95, color="0.7", lw=1, zorder=0)
     panels[0, 2].set(title="efficiency at the normal", ylim=(0, 1.02))
-    _against_delta(panels[1, 2], members, styles, result, "breakdowns")
+    _draw_deltas(panels[1, 2], members, styles, result, "breakdowns")
     panels[1, 2].set(title="breakdown of the S-estimate", ylim=(0, 0.52))
     if not panels[1, 2].lines:
         panels[1, 2].clear()
         panels[1, 2].axis("off")
-        words = "No loss here is bounded, so none\ndefines an S-estimate that resists:\nbreakdown 0"
-        panels[1, 2].text(0.5, 0.5, words, ha="center", va="center", color="0.4", fontsize=12)
+        note = "No loss of this family is bounded:\nits S-estimate has\nbreakdown point 0"
+        panels[1, 2].text(0.5, 0.5, note, ha="center", va="center", color="0.4", fontsize=12)
     handles = panels[0, 0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=7)
-    figure.suptitle(HEADLINES[family], x=0.01, ha="left", fontweight="bold", fontsize=14)
+    figure.suptitle(TITLES[family], x=0.01, ha="left", fontweight="bold", fontsize=14)
     return figure
 
 
-def _against_delta(
+def _draw_deltas(
     axes: Axes, members: dict[str, Loss], styles: dict[str, dict[str, object]], result: Result,
-    of: str,
+    field: str,
 ) -> None:  # fmt: skip
     for name, loss in members.items():
-        values = getattr(loss, of)
+        values = getattr(loss, field)
         if len(values):
             x = result.deltas
-            if of == "breakdowns":  # with the peak, which no grid hits
+            if field == "breakdowns":  # adds the peak, which is between points of the grid
                 x, values = np.r_[x, loss.at_50], np.r_[values, 0.5]
             order = np.argsort(x)
             axes.plot(x[order], values[order], lw=2, **styles[name])
@@ -233,9 +236,9 @@ def _against_delta(
     axes.set_xticks([0.1, 0.3, 1, 3, 10], ["0.1", "0.3", "1", "3", "10"])
 
 
-HEADLINES = {
-    "convex": "Convex losses: the influence never falls, every residual keeps a say",
-    "redescending": "Redescending losses: far enough away, a point has no say at all",
+TITLES = {
+    "convex": "Convex losses: the influence never decreases, so every residual counts",
+    "redescending": "Redescending losses: the influence of a far point returns to 0",
     "asymmetric": "Asymmetric losses, q = 0.75: too low a prediction costs three times as much",
-    "adaptive": "Adaptive losses: one alpha runs through the others",
+    "adaptive": "Adaptive losses: alpha selects the shape of the loss",
 }

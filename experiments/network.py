@@ -1,9 +1,9 @@
-"""What do corrupted training targets do to a network, by the loss it is trained with?
+"""What do corrupted training targets do to a network, for each training loss?
 
-A multi-layer perceptron (Flax NNX) on the California housing data. A share of the training
-targets has its decimal point slipped, so they are ten times too large; the test rows are clean.
-Several seeds at once, in mini-batches, by Adam. Then the same in bfloat16 with targets in small
-units, where the gradient of optax's Huber loss vanishes.
+Trains a multi-layer perceptron (Flax NNX) on the California housing data by Adam in mini-batches,
+several seeds at once. A share of the training targets is ten times too large, as if the decimal
+point had slipped; the test rows are clean. Then trains in bfloat16 with targets in small units,
+for which the gradient of optax's Huber loss vanishes.
 """
 
 from __future__ import annotations
@@ -27,15 +27,24 @@ from rich.console import Console
 from rich.table import Table
 
 import robustloss as rl
-from experiments import Keep, Progress, UsageError, _plotting, _results, compute
-from experiments._devices import over_devices
-from experiments._linear_fits import compared
-from experiments._losses import has_delta, title, tuned, with_delta
+from experiments import (
+    Cache,
+    Progress,
+    UsageError,
+    _plotting,
+    _results,
+    compute_arrays,
+    ignore_progress,
+    require,
+)
+from experiments._distribution import distribute
+from experiments._linear_fits import resolve_losses
+from experiments._losses import has_delta, set_delta, title, tune_delta
 from experiments.data import load
 
 LOSSES = ("squared_error", "absolute_error", "huber", "log_cosh", "cauchy", "tukey")
-SPREAD = 0.4  # the scale that the residuals are taken to have, in standard units of the target
-UNIT = 1e-3  # of the targets in bfloat16
+SPREAD = 0.4  # the assumed scale of the residuals, in standard units of the target
+UNIT = 1e-3  # the unit of the targets in bfloat16
 MEASURES = ("MAE", "RMSE", "median")
 
 
@@ -44,9 +53,9 @@ class Config:
     """Settings of `network`."""
 
     losses: tuple[str, ...] = LOSSES
-    """The losses to train with; MSE, MAE and Huber's among them."""
+    """The training losses; MSE, MAE and Huber's loss must be among them."""
     shares: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3)
-    """Of the training targets that are corrupted."""
+    """The shares of the training targets that are corrupted."""
     rows: int = 12_000
     """Training rows; the test has 4,000 others."""
     hidden: int = 32
@@ -56,13 +65,13 @@ class Config:
     batch: int = 256
     """Rows in a mini-batch."""
     seeds: int = 3
-    """Networks of each kind, trained at once."""
+    """Networks for each loss and share."""
     learning_rate: float = 3e-3
-    """Of Adam; falls to 0."""
+    """The step size of Adam, which decreases to 0."""
     seed: int = 0
-    """Of everything random."""
+    """The seed of all random numbers."""
     out: Path | None = None
-    """Where to write; results/network by default."""
+    """The output folder; results/network by default."""
     plots: bool = True
     """Draw the picture."""
 
@@ -80,8 +89,8 @@ class Split(NamedTuple):
     y: Array
     X_test: Array
     y_test: Array
-    middle: float  # of the target, in 100,000 dollars
-    unit: float  # in these too
+    middle: float  # median of the target, in 100,000 dollars
+    unit: float  # of the standardised target, in 100,000 dollars
 
 
 class Result(NamedTuple):
@@ -90,12 +99,12 @@ class Result(NamedTuple):
     losses: tuple[str, ...]
     shares: np.ndarray
     errors: np.ndarray  # by loss, share, seed, epoch and measure
-    half: dict[str, np.ndarray]  # the test MAE by epoch, in bfloat16, by whose Huber
-    train: np.ndarray  # the training MAE by loss and share at the end, against the given targets
+    half: dict[str, np.ndarray]  # the test MAE in bfloat16 by epoch, for two Huber losses
+    train: np.ndarray  # the final training MAE against the corrupted targets, by loss and share
 
 
 class Mlp(nnx.Module):
-    """Two hidden layers."""
+    """A multi-layer perceptron with two hidden layers."""
 
     def __init__(self, features: int, hidden: int, rngs: nnx.Rngs) -> None:
         self.layers = nnx.List(
@@ -111,71 +120,81 @@ class Mlp(nnx.Module):
 
 
 def run(
-    config: Config, progress: Progress = lambda done, what: None, keep: Keep = compute
+    config: Config, progress: Progress = ignore_progress, cache: Cache = compute_arrays
 ) -> Result:
     """Trains every network."""
     check_settings(config)
-    config = replace(config, losses=compared(config.losses))
-    split = california(config.rows, config.seed)
+    config = replace(config, losses=resolve_losses(config.losses))
+    split = load_split(config.rows, config.seed)
     found = []
     for i, name in enumerate(config.losses):
         progress(i / (len(config.losses) + 1), title(name))
-        train = partial(trained, config, split, robust(name))
-        found.append(keep(name, partial(train, config.shares)))
+        train = partial(train_networks, config, split, tune_loss(name))
+        found.append(cache(name, partial(train, config.shares)))
     half = {}
     progress(1 - 1 / (len(config.losses) + 1), "bfloat16")
     for name, huber in {"optax.huber_loss": optax.huber_loss, "rl.huber": rl.huber}.items():
-        train = partial(trained, config, split, partial(huber, delta=1.0), half=True)
-        of = keep(f"half-{name}", partial(train, (0.0,)))
-        half[name] = np.asarray(of["errors"])[0, :, :, 0].mean(0)
+        train = partial(train_networks, config, split, partial(huber, delta=1.0), half=True)
+        arrays = cache(f"half-{name}", partial(train, (0.0,)))
+        half[name] = np.asarray(arrays["errors"])[0, :, :, 0].mean(0)
     return Result(
-        config.losses, np.array(config.shares), np.array([of["errors"] for of in found]), half,
-        np.array([of["train"] for of in found]).mean(-1),
+        config.losses, np.array(config.shares), np.array([arrays["errors"] for arrays in found]),
+        half,
+        np.array([arrays["train"] for arrays in found]).mean(-1),
     )  # fmt: skip
 
 
 def check(result: Result) -> None:
-    """Corrupted targets hurt MSE most; only ours learns in bfloat16."""
+    """Corrupted targets harm MSE most; in bfloat16 our Huber loss learns and optax's does not."""
     at_end = result.errors[..., -1, 0].mean(axis=2)  # MAE by loss and share
     harm = at_end[:, -1] - at_end[:, 0]
-    assert harm.argmax() == result.losses.index("squared_error"), "MSE is not harmed most"
+    require(harm.argmax() == result.losses.index("squared_error"), "MSE is not harmed most")
     mse = result.losses.index("squared_error")
-    assert np.delete(harm, mse).max() < harm[mse] / 2, "a robust loss is harmed half as much"
-    assert np.all(np.isfinite(result.errors)), "an error is not finite"
-    assert result.train[mse, -1] == result.train[:, -1].max(), "as a metric, MAE prefers MSE's"
-    ours, theirs = result.half["rl.huber"], result.half["optax.huber_loss"]
-    assert ours[-1] < 0.9 * ours[0], "ours does not learn in bfloat16"
-    assert ours[-1] < 0.8 * theirs[-1], "ours is no better than optax's in bfloat16"
-    assert theirs[-1] > 0.95 * theirs[0], "optax's learns in bfloat16"
+    require(
+        np.delete(harm, mse).max() < harm[mse] / 2,
+        "a robust loss is harmed at least half as much as MSE",
+    )
+    require(np.all(np.isfinite(result.errors)), "an error is not finite")
+    require(
+        result.train[mse, -1] == result.train[:, -1].max(),
+        "by training MAE, the MSE network is not the worst",
+    )
+    rl_errors, optax_errors = result.half["rl.huber"], result.half["optax.huber_loss"]
+    require(rl_errors[-1] < 0.9 * rl_errors[0], "our Huber loss does not learn in bfloat16")
+    require(
+        rl_errors[-1] < 0.8 * optax_errors[-1],
+        "our Huber loss is no better than optax's in bfloat16",
+    )
+    require(optax_errors[-1] > 0.95 * optax_errors[0], "optax's Huber loss learns in bfloat16")
 
 
 def findings(result: Result) -> list[str]:
-    """What was found."""
+    """What the experiment finds."""
     end = result.errors[..., -1, :].mean(axis=2)
     mse, mae, huber = (result.losses.index(n) for n in ("squared_error", "absolute_error", "huber"))
-    worst, share = -1, result.shares[-1]
-    ours, theirs = result.half["rl.huber"], result.half["optax.huber_loss"]
+    share = result.shares[-1]
+    rl_errors, optax_errors = result.half["rl.huber"], result.half["optax.huber_loss"]
     return [
-        f"With {share:.0%} of the training targets ten times too large, the MSE network is off by "
-        f"{end[mse, worst, 0]:.2f} on clean rows instead of {end[mse, 0, 0]:.2f} (test MAE, in "
-        f"100,000 dollars); the Huber network by {end[huber, worst, 0]:.2f} instead of "
-        f"{end[huber, 0, 0]:.2f}, the MAE network by {end[mae, worst, 0]:.2f} instead of "
+        f"With {share:.0%} of the training targets ten times too large, the test MAE of the MSE "
+        f"network on clean rows is {end[mse, -1, 0]:.2f} instead of {end[mse, 0, 0]:.2f} (in "
+        f"100,000 dollars), of the Huber network {end[huber, -1, 0]:.2f} instead of "
+        f"{end[huber, 0, 0]:.2f}, of the MAE network {end[mae, -1, 0]:.2f} instead of "
         f"{end[mae, 0, 0]:.2f}.",
-        f"As a metric MAE withstands as well: against the corrupted targets, all that a user may "
-        f"have, it is {result.train[huber, worst]:.2f} for the Huber network and "
-        f"{result.train[mse, worst]:.2f} for the MSE network, which is the right order.",
+        "MAE is robust as a metric too. A user who has only the corrupted targets measures "
+        f"{result.train[huber, -1]:.2f} for the Huber network and {result.train[mse, -1]:.2f} for "
+        "the MSE network, which is the right order.",
         f"In bfloat16, with errors of a thousandth of delta, optax's Huber loss learns nothing "
-        f"(test MAE {theirs[0]:.2f} after the first epoch, {theirs[-1]:.2f} after the last): for "
-        f"all but the largest errors its gradient is 0. Ours is at {ours[0]:.2f}, then at "
-        f"{ours[-1]:.2f}.",
+        f"(test MAE {optax_errors[0]:.2f} after the first epoch, {optax_errors[-1]:.2f} after the "
+        f"last): its gradient is 0 for all but the largest errors. With our Huber loss, MAE is "
+        f"{rl_errors[0]:.2f}, then {rl_errors[-1]:.2f}.",
     ]
 
 
 def show(result: Result, console: Console) -> None:
-    """The table."""
+    """Prints the table."""
     table = Table(
         "training loss", *[f"{share:.0%} corrupted" for share in result.shares],
-        title="On clean test rows: MAE / RMSE / median error, 100,000 dollars",
+        title="Errors on clean test rows: MAE / RMSE / median, 100,000 dollars",
     )  # fmt: skip
     for name, errors in zip(result.losses, result.errors, strict=True):
         cells = errors[:, :, -1].mean(axis=1)
@@ -184,7 +203,7 @@ def show(result: Result, console: Console) -> None:
 
 
 def files(config: Config, result: Result) -> dict[str, bytes]:
-    """What goes into the output folder."""
+    """The files of the output folder."""
     end = result.errors[..., -1, :].mean(axis=2)
     written = {
         "result.json": _results.record(
@@ -198,31 +217,32 @@ def files(config: Config, result: Result) -> dict[str, bytes]:
             },
             half=result.half,
         ),
-        "network.npz": _results.arrays(errors=result.errors, shares=result.shares),
+        "network.npz": _results.pack_arrays(errors=result.errors, shares=result.shares),
     }
     if config.plots:
-        written["network.png"] = _results.picture(plot(result))
+        written["network.png"] = _results.render(plot(result))
     return written
 
 
 def folder(config: Config) -> Path:
-    """Where the results go."""
+    """The output folder."""
     return config.out or Path("results") / "network"
 
 
 def plot(result: Result) -> Figure:
-    """Test error by the share corrupted, the learning curves at the largest, and bfloat16."""
+    """The test error by share, the learning curves at the largest share, and bfloat16."""
     with mpl.rc_context(_plotting.STYLE):
         figure = Figure(figsize=(12, 4.4))
         left, middle, right = figure.subplots(1, 3)
         for i, name in enumerate(result.losses):
-            look = {**_plotting.style(i), "lw": 2, "label": title(name)}
+            look = {**_plotting.get_line(name), "lw": 2, "label": title(name)}
             at_end = result.errors[i, :, :, -1, 0]
-            left.plot(100 * result.shares, at_end.mean(1), marker=_plotting.MARKERS[i], **look)
+            marker = _plotting.LOOKS[name].marker
+            left.plot(100 * result.shares, at_end.mean(1), marker=marker, **look)
             curve = result.errors[i, -1, :, :, 0].mean(0)
             middle.plot(1 + np.arange(len(curve)), curve, **look)
         left.set(
-            title="MSE learns the errors", xlabel="training targets corrupted, %",
+            title="The MSE network fits the corruption", xlabel="training targets corrupted, %",
             ylabel="test MAE on clean rows, 100,000 dollars",
         )  # fmt: skip
         middle.set(
@@ -232,9 +252,12 @@ def plot(result: Result) -> Figure:
         middle.yaxis.set_major_locator(LogLocator(subs=(1, 2, 4)))
         middle.yaxis.set_major_formatter("{x:g}")
         middle.yaxis.set_minor_formatter(NullFormatter())
-        for i, (name, curve) in enumerate(result.half.items()):
-            look = _plotting.style((6, 2)[i])
-            right.plot(1 + np.arange(len(curve)), curve, **look, lw=2, label=name)
+        looks = {
+            "rl.huber": _plotting.get_line("huber"),
+            "optax.huber_loss": _plotting.get_series_line(0),
+        }
+        for name, curve in result.half.items():
+            right.plot(1 + np.arange(len(curve)), curve, **looks[name], lw=2, label=name)
         right.set(title="bfloat16, small targets", xlabel="epoch", ylabel="test MAE, same units")
         right.set_ylim(bottom=0)
         for panel in (middle, right):
@@ -244,13 +267,13 @@ def plot(result: Result) -> Figure:
         return figure
 
 
-def robust(name: str) -> Callable[..., Array]:
-    """The loss at 95 % efficiency for residuals of this spread."""
-    return with_delta(name, tuned(name, efficiency=0.95) * SPREAD if has_delta(name) else 1.0)
+def tune_loss(name: str) -> Callable[..., Array]:
+    """The loss at 95 % efficiency for residuals of scale `SPREAD`."""
+    return set_delta(name, tune_delta(name, efficiency=0.95) * SPREAD if has_delta(name) else 1.0)
 
 
-def california(rows: int, seed: int) -> Split:
-    """Rows drawn at random for the training, and 4,000 others for the test."""
+def load_split(rows: int, seed: int) -> Split:
+    """Random rows of the California data for the training, and 4,000 others for the test."""
     data = load("california")
     order = np.random.default_rng(seed).permutation(len(data.y))
     train, test = order[:rows], order[-4000:]
@@ -262,13 +285,13 @@ def california(rows: int, seed: int) -> Split:
     return Split(*(jnp.asarray(v) for v in (X[train], y[train], X[test], y[test])), middle, unit)
 
 
-def corrupted(split: Split, share: Array, key: Array) -> Array:
-    """Training targets of which a share has its decimal point slipped."""
-    bad = jax.random.uniform(key, split.y.shape) < share
-    return jnp.where(bad, 10 * split.y + 9 * split.middle / split.unit, split.y)
+def corrupt_targets(split: Split, share: Array, key: Array) -> Array:
+    """Training targets of which a share is ten times too large."""
+    selected = jax.random.uniform(key, split.y.shape) < share
+    return jnp.where(selected, 10 * split.y + 9 * split.middle / split.unit, split.y)
 
 
-def trained(
+def train_networks(
     config: Config,
     split: Split,
     loss: Callable[..., Array],
@@ -276,10 +299,10 @@ def trained(
     half: bool = False,
     learned: dict[str, Array] | None = None,
 ) -> dict[str, Any]:
-    """Errors by share corrupted, seed and epoch, and more, of networks that are trained at once.
+    """Trains a network for each share and seed; returns errors, training MAE and `learned`.
 
-    `loss(predictions, targets)`; with `learned` parameters of its own, these come third, are
-    trained along and returned.
+    The loss is `loss(predictions, targets)`. The parameters in `learned`, if any, are its third
+    argument and are trained along with the network.
     """
     batches = len(split.y) // config.batch
     total = config.epochs * batches
@@ -297,16 +320,16 @@ def trained(
         values = loss(predict(params["weights"], X), (y * unit).astype(dtype), *own)
         return jnp.mean(values.astype(jnp.float32))
 
-    def measured(params: Any) -> Array:
+    def measure_errors(params: Any) -> Array:
         predictions = predict(params["weights"], split.X_test).astype(jnp.float32) / unit
-        off = jnp.abs(predictions - split.y_test) * split.unit
-        return jnp.stack([off.mean(), jnp.sqrt((off**2).mean()), jnp.median(off)])
+        distance = jnp.abs(predictions - split.y_test) * split.unit
+        return jnp.stack([distance.mean(), jnp.sqrt((distance**2).mean()), jnp.median(distance)])
 
-    def one(at: tuple[Array, Array]) -> dict[str, Any]:
-        share, key = at
-        for_bad, for_start, for_order = jax.random.split(key, 3)
-        y = corrupted(split, share, for_bad)
-        _, weights = nnx.split(Mlp(split.X.shape[1], config.hidden, nnx.Rngs(for_start)))
+    def train_network(item: tuple[Array, Array]) -> dict[str, Any]:
+        share, key = item
+        corruption_key, start_key, order_key = jax.random.split(key, 3)
+        y = corrupt_targets(split, share, corruption_key)
+        _, weights = nnx.split(Mlp(split.X.shape[1], config.hidden, nnx.Rngs(start_key)))
         params = {"weights": weights, "own": {} if learned is None else learned}
 
         def step(carry: Any, rows: Array) -> Any:
@@ -318,23 +341,23 @@ def trained(
         def epoch(carry: Any, key: Array) -> Any:
             order = jax.random.permutation(key, len(y))[: batches * config.batch]
             carry, _ = jax.lax.scan(step, carry, order.reshape(batches, config.batch))
-            return carry, measured(carry[0])
+            return carry, measure_errors(carry[0])
 
         start = params, optimizer.init(params)
-        (params, _), errors = jax.lax.scan(epoch, start, jax.random.split(for_order, config.epochs))
+        (params, _), errors = jax.lax.scan(epoch, start, jax.random.split(order_key, config.epochs))
         fitted = predict(params["weights"], split.X).astype(jnp.float32) / unit
         train = jnp.mean(jnp.abs(fitted - y)) * split.unit
         return {"errors": errors, "train": train, **params["own"]}
 
     keys = jax.random.split(jax.random.key(config.seed), config.seeds)
     n = len(shares)
-    every = jnp.repeat(jnp.asarray(shares), config.seeds), jnp.tile(keys, n)
-    found = jax.device_get(over_devices(one, at_once=None)(every))
+    items = jnp.repeat(jnp.asarray(shares), config.seeds), jnp.tile(keys, n)
+    found = jax.device_get(distribute(train_network, group=None)(items))
     return jax.tree.map(lambda x: x.reshape(n, config.seeds, *x.shape[1:]), found)
 
 
 def check_settings(config: Config) -> None:
-    """Tells what cannot be trained."""
+    """Refuses settings with which no network can be trained."""
     if not config.shares or list(config.shares) != sorted(set(config.shares)):
         raise UsageError(f"--shares must ascend, got {config.shares}.")
     if config.shares[0] != 0 or not config.shares[-1] < 0.5 or len(config.shares) < 2:

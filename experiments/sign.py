@@ -1,9 +1,8 @@
 """If |error| drops the sign, how does the model know which way to go?
 
-The chain rule traced on one neuron whose prediction is 1 too low, then 1 too high: the losses are
-equal, the slopes are not. Then the gradient as the target moves, which the target enters though it
-is a constant; and the textbook gradients of MSE and MAE beside automatic differentiation, to the
-last bit.
+Traces the chain rule on one neuron whose prediction is 1 too low, then 1 too high: the losses are
+equal, the slopes are not. Then computes the gradient as a function of the target, and compares the
+textbook gradients of MSE and MAE with automatic differentiation, to the last bit.
 """
 
 from __future__ import annotations
@@ -23,10 +22,11 @@ from rich.console import Console
 from rich.table import Table
 
 import robustloss as rl
-from experiments import Progress, UsageError, _plotting, _results
+from experiments import Progress, UsageError, _plotting, _results, ignore_progress, require
+from experiments._losses import title
 from experiments.data import load
 
-ROWS = 16  # of stackloss, whose numbers are integers: with a power of two every sum is exact
+ROWS = 16  # of stackloss: the numbers are integers, and with a power of 2 every sum is exact
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Config:
     w: float = 2.0
     """The weight of the neuron `m(w) = w x`."""
     x: float = 3.0
-    """Its input."""
+    """The input of the neuron."""
     out: Path | None = None
-    """Where to write; results/sign by default."""
+    """The output folder; results/sign by default."""
     plots: bool = True
     """Draw the picture."""
 
@@ -47,30 +47,32 @@ SMOKE = Config()
 
 
 class Chain(NamedTuple):
-    """One neuron's prediction, and what the chain rule makes of it."""
+    """The prediction of one neuron, and the factors of the chain rule."""
 
     target: float
     error: float  # m - t
     value: float  # |m - t|
-    outer: float  # its derivative in m, (m - t) / |m - t|
+    outer: float  # derivative of |m - t| in m, (m - t) / |m - t|
     inner: float  # m'(w)
     slope: float  # of |m(w) - t| in w, by automatic differentiation
     better: float  # |m - t| after a small step against the slope
 
 
 class Result(NamedTuple):
-    """What was traced and compared."""
+    """The traced chains, the gradients and the comparison."""
 
     w: float
     x: float
     chains: tuple[Chain, Chain]
     targets: np.ndarray
     gradients: dict[str, np.ndarray]  # of each loss in w, by target
-    textbook: dict[str, tuple[np.ndarray, np.ndarray]]  # by loss: by hand, by differentiation
+    textbook: dict[
+        str, tuple[np.ndarray, np.ndarray]
+    ]  # by loss: from the formula, and by differentiation
 
 
-def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
-    """Traces and compares."""
+def run(config: Config, progress: Progress = ignore_progress) -> Result:
+    """Traces the chain rule and compares the gradients."""
     if not np.isfinite(config.w) or not np.isfinite(config.x) or config.x == 0:
         raise UsageError(
             f"--w must be finite and --x finite and not 0, got {config.w} and {config.x}."
@@ -82,43 +84,44 @@ def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
         def slope(loss: object, t: Array) -> Array:
             return jax.grad(lambda w: loss(w * config.x, t))(jnp.asarray(config.w))
 
-        losses = {"MAE": rl.absolute_error, "MSE": rl.squared_error, "Huber": rl.huber}
         gradients = {
-            name: np.asarray(jax.vmap(partial(slope, loss))(targets))
-            for name, loss in losses.items()
+            name: np.asarray(jax.vmap(partial(slope, rl.LOSSES[name]))(targets))
+            for name in ("squared_error", "huber", "absolute_error")
         }
-        chains = tuple(_chain(config, m - error) for error in (-1.0, 1.0))
-        return Result(config.w, config.x, chains, targets, gradients, _textbook())
+        chains = tuple(_trace_chain(config, m - error) for error in (-1.0, 1.0))
+        return Result(config.w, config.x, chains, targets, gradients, _compare_textbook())
 
 
 def check(result: Result) -> None:
-    """Equal losses, opposite slopes, both steps better; the textbook to the last bit."""
+    """The losses are equal, the slopes opposite, both steps better, the textbook exact."""
     low, high = result.chains
-    assert low.value == high.value == 1, "the losses differ"
-    assert low.slope == -high.slope != 0, "the slopes are not opposite"
+    require(low.value == high.value == 1, "the losses differ")
+    require(low.slope == -high.slope != 0, "the slopes are not opposite")
     for chain in result.chains:
-        assert chain.outer * chain.inner == chain.slope, "the chain rule does not hold"
-        assert chain.better < chain.value, "a step against the slope is no better"
+        require(chain.outer * chain.inner == chain.slope, "the chain rule does not hold")
+        require(chain.better < chain.value, "a step against the slope does not decrease the loss")
     size = abs(result.x)
-    mae, mse = result.gradients["MAE"], result.gradients["MSE"]
+    mae, mse = (result.gradients[name] for name in ("absolute_error", "squared_error"))
     error = result.w * result.x - result.targets
-    assert set(np.abs(mae[error != 0])) == {size}, "MAE's gradient has another size than |x|"
-    assert np.all(np.sign(mae) == np.sign(error * result.x)), "MAE's gradient has the wrong sign"
-    np.testing.assert_allclose(mse, 2 * error * result.x, rtol=1e-12, atol=1e-12)
-    for name, (by_hand, by_autodiff) in result.textbook.items():
-        assert np.array_equal(by_hand, by_autodiff), f"{name}: {by_hand} is not {by_autodiff}"
-        assert np.all(by_hand != 0), f"{name}: a gradient is 0"
+    require(set(np.abs(mae[error != 0])) == {size}, "MAE's gradient has another size than |x|")
+    require(np.all(np.sign(mae) == np.sign(error * result.x)), "MAE's gradient has the wrong sign")
+    expected = 2 * error * result.x
+    require(np.allclose(mse, expected, 1e-12, 1e-12), "MSE's gradient is not 2 (m - t) x")
+    for name, (formula, autodiff) in result.textbook.items():
+        require(np.array_equal(formula, autodiff), f"{name}: {formula} is not {autodiff}")
+        require(np.all(formula != 0), f"{name}: a gradient is 0")
 
 
 def findings(result: Result) -> list[str]:
-    """What was found."""
+    """What the experiment finds."""
     low, high = result.chains
     return [
-        f"The sign is dropped from the value and kept in the derivative: errors of -1 and +1 have "
-        f"the same loss, 1, and the slopes {low.slope:g} and {high.slope:g}. The derivative of "
-        "|m(w) - t| is (m - t) / |m - t| m'(w), which is where the sign is.",
-        "The target is a constant, but the slope of the loss depends on where the prediction "
-        "stands to it: for MAE only on which side it is, for MSE on how far, for Huber on both.",
+        "The value drops the sign and the derivative keeps it: errors of -1 and +1 have the same "
+        f"loss, 1, and the slopes {low.slope:g} and {high.slope:g}. The derivative of |m(w) - t| "
+        "is (m - t) / |m - t| m'(w), and its first factor is the sign.",
+        "The target is a constant, but the slope of the loss depends on the position of the "
+        "prediction relative to the target: for MAE on the side, for MSE on the distance, for "
+        "Huber on both.",
         "The gradients of the textbook, -2/n sum(e x) for MSE and -1/n sum(sign(e) x) for MAE "
         f"with e = t - m, equal those of automatic differentiation to the last bit on {ROWS} rows "
         "of stackloss.",
@@ -126,7 +129,7 @@ def findings(result: Result) -> list[str]:
 
 
 def show(result: Result, console: Console) -> None:
-    """The tables."""
+    """Prints the tables."""
     table = Table("", "too low", "too high", title=f"One neuron: m(w) = w x, w = {result.w:g}")
     rows = {
         "x": [result.x] * 2,
@@ -136,36 +139,36 @@ def show(result: Result, console: Console) -> None:
         "d loss / d m = (m - t) / |m - t|": [c.outer for c in result.chains],
         "d m / d w = x": [c.inner for c in result.chains],
         "d loss / d w": [c.slope for c in result.chains],
-        "loss after a small step against it": [c.better for c in result.chains],
+        "loss after a small step against the slope": [c.better for c in result.chains],
     }
     for name, values in rows.items():
         table.add_row(name, *[f"{v:g}" for v in values])
     console.print(table)
-    table = Table("gradient on stackloss", "by hand", "by jax.grad")
+    table = Table("gradient on stackloss", "textbook", "jax.grad")
     for name, pair in result.textbook.items():
         table.add_row(name, *[", ".join(f"{v:.6g}" for v in g) for g in pair])
     console.print(table)
 
 
 def files(config: Config, result: Result) -> dict[str, bytes]:
-    """What goes into the output folder."""
+    """The files of the output folder."""
     written = {
         "result.json": _results.record(
             config, chains=[c._asdict() for c in result.chains], textbook=result.textbook
         )
     }
     if config.plots:
-        written["sign.png"] = _results.picture(plot(result))
+        written["sign.png"] = _results.render(plot(result))
     return written
 
 
 def folder(config: Config) -> Path:
-    """Where the results go."""
+    """The output folder."""
     return config.out or Path("results") / "sign"
 
 
 def plot(result: Result) -> Figure:
-    """The two losses with their slopes, and the gradient as the target moves."""
+    """The two losses with their slopes, and the gradient by error."""
     with mpl.rc_context(_plotting.STYLE):
         figure = Figure(figsize=(10, 4.4))
         left, right = figure.subplots(1, 2)
@@ -173,7 +176,7 @@ def plot(result: Result) -> Figure:
         w = np.linspace(result.w - reach, result.w + reach, 401)
         names = ("too low", "too high")
         for i, (chain, name) in enumerate(zip(result.chains, names, strict=True)):
-            look = _plotting.style(i)
+            look = _plotting.get_series_line(i)
             left.plot(w, np.abs(w * result.x - chain.target), **look, lw=2, label=f"1 {name}")
             step = -0.25 * reach * np.sign(chain.slope)
             left.annotate(
@@ -187,19 +190,20 @@ def plot(result: Result) -> Figure:
         left.legend(loc="upper center", title="the prediction at the dot is")
         left.set_ylim(0, 3.6)
         error = result.w * result.x - result.targets
-        for i, (name, gradient) in enumerate(result.gradients.items()):
-            kept = np.where(np.abs(error) < 1e-9, np.nan, gradient) if name == "MAE" else gradient
-            right.plot(error, kept, **_plotting.style(i), lw=2, label=name)
+        for name, gradient in result.gradients.items():
+            gap = (name == "absolute_error") & (np.abs(error) < 1e-9)  # the gradient jumps
+            line = _plotting.get_line(name)
+            right.plot(error, np.where(gap, np.nan, gradient), **line, lw=2, label=title(name))
         right.set_ylim(-3.2 * abs(result.x), 3.2 * abs(result.x))
         right.set(
-            title="What the target does to the gradient", xlabel="prediction - target",
+            title="The gradient depends on the target", xlabel="prediction - target",
             ylabel="d loss / d w",
         )  # fmt: skip
         right.legend(loc="upper left")
         return figure
 
 
-def _chain(config: Config, target: float) -> Chain:
+def _trace_chain(config: Config, target: float) -> Chain:
     def loss(w: Array) -> Array:
         return rl.absolute_error(w * config.x, target)
 
@@ -216,14 +220,14 @@ def _chain(config: Config, target: float) -> Chain:
     )
 
 
-def _textbook() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _compare_textbook() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     data = load("stackloss")
     X, y = data.X[:ROWS], data.y[:ROWS]
     w = np.array([0.75, 0.5, -0.25])  # dyadic: no product or sum is rounded
     e = y - X @ w
-    by_hand = {"MSE": -2 / ROWS * (e @ X), "MAE": -1 / ROWS * (np.sign(e) @ X)}
+    formula = {"MSE": -2 / ROWS * (e @ X), "MAE": -1 / ROWS * (np.sign(e) @ X)}
     losses = {"MSE": rl.squared_error, "MAE": rl.absolute_error}
     return {
         name: (g, np.asarray(jax.grad(lambda w, f=losses[name]: rl.mean(f, X @ w, y))(w)))
-        for name, g in by_hand.items()
+        for name, g in formula.items()
     }

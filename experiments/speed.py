@@ -1,11 +1,11 @@
 """How fast are the losses beside a plain copy and optax, the fits beside scikit-learn and R?
 
-Times value and gradient of the mean over one large array, everything interleaved in one run,
-and compares medians: machines are noisy, and a ratio in one run is the only honest number. A
-copy reads and writes the array once, which is the least that a gradient can do. Then linear
-fits, in float64, beside those of the peers that are installed (`pip install '.[peers]'`; R with
-quantreg and robustbase), how they grow with the number of rows, and the memory they need. Also:
-the first call with its compilation, and what `import robustloss` adds to `import jax`.
+Times the value and gradient of the mean over one large array, interleaved in one run, and compares
+medians: machines are noisy, and only a ratio within one run is meaningful. A copy reads and writes
+the array once, which is the least that a gradient can do. Then times linear fits in float64, beside
+those of the installed peers (`pip install '.[peers]'`; R with quantreg and robustbase), for several
+numbers of rows, and measures their memory. Also times the first call with its compilation, and the
+part of `import robustloss` that is not `import jax`.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from rich.console import Console
 from rich.table import Table
 
 import robustloss as rl
-from experiments import Progress, UsageError, _fit_speed, _results
+from experiments import Progress, UsageError, _fit_speed, _results, ignore_progress, require
 from experiments._fit_speed import Timing
-from experiments._losses import example
+from experiments._losses import fix_parameters
 
 PEERS = {
     "squared_error": optax.squared_error,
     "huber": optax.huber_loss,
     "log_cosh": optax.log_cosh,
 }
-LIMITS = {  # of copy's time, of the peer's time
+LIMITS = {  # times the copy's time, times the peer's time
     "squared_error": (1.25, None),
     "absolute_error": (1.25, None),
     "huber": (1.5, 0.55),
@@ -50,8 +50,8 @@ FIT_LIMITS = {  # how many times as fast as the peer, at the sizes of the defaul
     "sklearn QuantileRegressor": 200,
     "R robustbase lmrob": 5,
 }
-ERROR_LIMIT = 1e-7  # of the exact answer
-GROWTH_LIMIT = 1.5  # times what a linear fit's time would be, from 1/100 of the rows
+ERROR_LIMIT = 1e-7  # distance to the exact answer, in sd(y)
+GROWTH_LIMIT = 1.5  # time over a time that is linear in the rows, from 1/100 of the rows on
 MEMORY_LIMIT = 2.0  # times the data
 IMPORT_LIMIT = 0.1  # seconds
 
@@ -63,43 +63,43 @@ class Config:
     size: int = 2**24
     """Numbers in the array."""
     repeats: int = 21
-    """Interleaved runs of which the median counts."""
+    """Interleaved runs, of which the median is taken."""
     rows: int = 1_000_000
-    """Of the fits that have many; 0 leaves the fits out."""
+    """Rows of the large fits; 0 leaves the fits out."""
     fit_repeats: int = 5
-    """Turns of the fits; a short one fills half a second, a peer of more than 3 s has one turn."""
+    """Turns of the fits; a short fit fills half a second, a peer slower than 3 s has one turn."""
     seed: int = 0
-    """Of the random numbers."""
+    """The seed of the random numbers."""
     out: Path | None = None
-    """Where to write; results/speed by default."""
+    """The output folder; results/speed by default."""
 
 
 class Result(NamedTuple):
-    """Seconds."""
+    """Seconds of the losses and fits, and the memory of the fits."""
 
-    times: dict[str, np.ndarray]  # by what is timed: seconds of each repeat
+    times: dict[str, np.ndarray]  # by task: seconds of each repeat
     first: dict[str, float]  # the first call, compilation included
-    imports: float  # what `import robustloss` adds
+    imports: float  # seconds that `import robustloss` adds
     device: str
     fits: dict[str, Timing]
     growth: dict[int, float]  # seconds of a Huber fit by the number of rows
-    memory: dict[str, float]  # that compiled fits plan for, in sizes of the data
+    memory: dict[str, float]  # planned by the compiled fits, over the size of the data
 
 
-def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
+def run(config: Config, progress: Progress = ignore_progress) -> Result:
     """Times everything in turn."""
     if min(config.size, config.repeats, config.fit_repeats) < 1:
         raise UsageError("--size, --repeats and --fit-repeats must be >= 1.")
     if config.rows and config.rows < 10_000:
         raise UsageError(f"--rows must be 0 or at least 10,000, got {config.rows}.")
     progress(0.0, "import")
-    imports = _import_seconds()
+    imports = _time_import()
     r = 3 * jax.random.normal(jax.random.key(config.seed), (config.size,), jnp.float32)
     cases: dict[str, Callable[[Array], object]] = {"copy": jnp.copy}
     for name in rl.LOSSES:
-        cases[name] = _value_and_grad(example(name))
+        cases[name] = _differentiate_mean(fix_parameters(name))
         if name in PEERS:
-            cases[f"optax: {name}"] = _value_and_grad(PEERS[name])
+            cases[f"optax: {name}"] = _differentiate_mean(PEERS[name])
     compiled, first = {}, {}
     for name, f in cases.items():
         progress(0.1, f"compile {name}")
@@ -111,41 +111,41 @@ def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
     shuffle = np.random.default_rng(config.seed).permutation
     for repeat in range(config.repeats):
         progress(0.2 + 0.2 * repeat / config.repeats, "time")
-        for name in shuffle(list(compiled)):  # what runs next pays for freeing the last's memory
+        for name in shuffle(list(compiled)):  # a task frees the memory of the task before it
             f = compiled[name]
             begin = time.perf_counter()
             jax.block_until_ready(f(r))
             times[name].append(time.perf_counter() - begin)
     arrays = {name: np.array(seconds) for name, seconds in times.items()}
-    fits, growing, peak = _fits(config, progress) if config.rows else ({}, {}, {})
-    return Result(arrays, first, imports, jax.devices()[0].device_kind, fits, growing, peak)
+    fits, growth, peak = _time_fits(config, progress) if config.rows else ({}, {}, {})
+    return Result(arrays, first, imports, jax.devices()[0].device_kind, fits, growth, peak)
 
 
-def _fits(
+def _time_fits(
     config: Config, progress: Progress
 ) -> tuple[dict[str, Timing], dict[int, float], dict[str, float]]:
     fits = {}
-    cases = _fit_speed.cases(config.rows)
+    cases = _fit_speed.build_cases(config.rows)
     for i, case in enumerate(cases):
         progress(0.4 + 0.4 * i / len(cases), case.name)
-        fits[case.name] = _fit_speed.timed(case, config.fit_repeats)
+        fits[case.name] = _fit_speed.time_case(case, config.fit_repeats)
     sizes = [
         size for size in (config.rows // 100, config.rows // 10, config.rows, 10 * config.rows)
     ]
-    growing = {}
-    for rows, seconds in _fit_speed.growth(sizes, config.fit_repeats):
-        growing[rows] = seconds
-        progress(0.8 + 0.04 * len(growing), f"{rows:,} rows done")
+    growth = {}
+    for rows, seconds in _fit_speed.measure_growth(sizes, config.fit_repeats):
+        growth[rows] = seconds
+        progress(0.8 + 0.04 * len(growth), f"{rows:,} rows done")
     progress(0.96, "memory")
-    return fits, growing, _fit_speed.memory(config.rows)
+    return fits, growth, _fit_speed.measure_memory(config.rows)
 
 
 def check(result: Result) -> None:
-    """The promises, as ratios of medians; tells all that are missed."""
+    """The ratios of medians keep their limits; the message lists all that do not."""
     missed = []
-    for name, (of_copy, of_peer) in LIMITS.items():
-        for limit, other in ((of_copy, "copy"), (of_peer, f"optax: {name}")):
-            if limit is not None and (ratio := _ratio(result, name, other)) > limit:
+    for name, (copy_limit, peer_limit) in LIMITS.items():
+        for limit, other in ((copy_limit, "copy"), (peer_limit, f"optax: {name}")):
+            if limit is not None and (ratio := _compute_ratio(result, name, other)) > limit:
                 missed.append(f"{name} takes {ratio:.2f} times {other}, not {limit}")
     if result.imports > IMPORT_LIMIT:
         missed.append(f"the import adds {result.imports:.2f} s, not {IMPORT_LIMIT}")
@@ -157,7 +157,7 @@ def check(result: Result) -> None:
             if faster < limit:
                 missed.append(f"{name} is {faster:.1f} times as fast as {peer}, not {limit}")
         if timing.error is not None and not timing.error <= ERROR_LIMIT:
-            missed.append(f"{name} is off by {timing.error:.1e}, not {ERROR_LIMIT}")
+            missed.append(f"the error of {name} is {timing.error:.1e}, not {ERROR_LIMIT}")
     if result.growth:
         first, *_, last = result.growth
         ratio = result.growth[last] / result.growth[first] / (last / first)
@@ -168,19 +168,19 @@ def check(result: Result) -> None:
         for name, size in result.memory.items()
         if size > MEMORY_LIMIT
     ]
-    assert not missed, "; ".join(missed)
+    require(not missed, "; ".join(missed))
 
 
 def show(result: Result, console: Console) -> None:
-    """The tables, and the seconds of the import."""
+    """Prints the tables and the seconds of the import."""
     table = Table("value and gradient of the mean", "ms", "/ copy", "/ optax", "first call, s")
     for name, seconds in result.times.items():
         peer = f"optax: {name}"
         table.add_row(
             name,
             f"{1e3 * np.median(seconds):.1f}",
-            f"{_ratio(result, name, 'copy'):.2f}",
-            f"{_ratio(result, name, peer):.2f}" if peer in result.times else "",
+            f"{_compute_ratio(result, name, 'copy'):.2f}",
+            f"{_compute_ratio(result, name, peer):.2f}" if peer in result.times else "",
             f"{result.first[name]:.2f}",
         )
     console.print(table)
@@ -190,15 +190,13 @@ def show(result: Result, console: Console) -> None:
 
 
 def findings(result: Result) -> list[str]:
-    """What was found besides the times."""
-    said = [f"All of it was timed on {result.device}."]
+    """The device, and the time and error of a Huber fit."""
+    sentences = [f"All times are from {result.device}."]
     if result.fits:
         grown = ", ".join(f"{seconds:.3g} s at {rows:,}" for rows, seconds in result.growth.items())
         errors = [t.error for t in result.fits.values() if t.error is not None]
-        said.append(
-            f"A Huber fit takes {grown} rows; off the exact answer by {max(errors):.1e} sd(y)."
-        )
-    return said
+        sentences.append(f"A Huber fit takes {grown} rows; its error is {max(errors):.1e} sd(y).")
+    return sentences
 
 
 def _show_fits(result: Result, console: Console) -> None:
@@ -222,31 +220,31 @@ def _show_fits(result: Result, console: Console) -> None:
 
 
 def files(config: Config, result: Result) -> dict[str, bytes]:
-    """What goes into the output folder."""
+    """The files of the output folder."""
     fits = {name: timing._asdict() for name, timing in result.fits.items()}
     return {"result.json": _results.record(config, **{**result._asdict(), "fits": fits})}
 
 
 def folder(config: Config) -> Path:
-    """Where the results go."""
+    """The output folder."""
     return config.out or Path("results") / "speed"
 
 
-def _value_and_grad(loss: Callable[..., Array]) -> Callable[[Array], object]:
+def _differentiate_mean(loss: Callable[..., Array]) -> Callable[[Array], object]:
     return jax.value_and_grad(lambda r: jnp.mean(loss(r)))
 
 
-def _ratio(result: Result, name: str, other: str) -> float:
+def _compute_ratio(result: Result, name: str, other: str) -> float:
     return float(np.median(result.times[name]) / np.median(result.times[other]))
 
 
-def _import_seconds() -> float:
+def _time_import() -> float:
     script = (
         "import jax, time; begin = time.perf_counter(); import robustloss; "
         "print(time.perf_counter() - begin)"
     )
     command = [sys.executable, "-c", script]
-    # Compiled to bytecode once, as installed packages are.
+    # The first run compiles to bytecode, as an installation does.
     env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     runs = [
         subprocess.run(command, capture_output=True, text=True, check=True, env=env)

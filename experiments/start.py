@@ -1,8 +1,8 @@
 """Why does the start, and not the optimiser, make a fit robust?
 
-Tukey's loss on the stars of the cluster CYG OB1, four of which are giants: how many minima there
-are, which one each of many starts ends in, and where the S-estimate leads. Every fit is solved to
-the last digit; they differ in nothing but where they began.
+Fits Tukey's loss to the stars of the cluster CYG OB1, four of which are giants. Counts the minima
+and the starts that end in each, and shows the minimum reached from the S-estimate. Every fit is
+solved to the last digit; the fits differ only in the start.
 """
 
 from __future__ import annotations
@@ -21,8 +21,15 @@ from rich.console import Console
 from rich.table import Table
 
 import robustloss as rl
-from experiments import Progress, UsageError, _plotting, _results
+from experiments import Progress, UsageError, _plotting, _results, ignore_progress, require
 from experiments.data import load
+
+LOOKS = {
+    "least squares": "squared_error",
+    "Huber": "huber",
+    "Tukey, from least squares": "tukey",
+    "MM: Tukey, from the S-estimate": "mm",
+}
 
 
 @dataclass(frozen=True)
@@ -30,11 +37,11 @@ class Config:
     """Settings of `start`."""
 
     starts: int = 500
-    """Lines through two stars drawn at random, each a start."""
+    """The number of starts, lines through two random stars."""
     seed: int = 0
-    """Of the random numbers."""
+    """The seed of the random numbers."""
     out: Path | None = None
-    """Where to write; results/start by default."""
+    """The output folder; results/start by default."""
     plots: bool = True
     """Draw the picture."""
 
@@ -43,20 +50,20 @@ SMOKE = Config(starts=100)
 
 
 class Result(NamedTuple):
-    """What was found. Lines are intercept and slope."""
+    """The lines and minima; a line is an intercept and a slope."""
 
     x: np.ndarray
     y: np.ndarray
-    lines: dict[str, np.ndarray]  # by how it was found
-    minima: np.ndarray  # the lines in which starts ended, the lowest first
-    objectives: np.ndarray  # of these, in units of the S scale squared
-    shares: np.ndarray  # of the starts that ended there
+    lines: dict[str, np.ndarray]  # by fit
+    minima: np.ndarray  # the lines in which starts end, the lowest minimum first
+    objectives: np.ndarray  # of the minima, in units of the S scale squared
+    shares: np.ndarray  # of the starts that end in each minimum
     scale: float
-    path: np.ndarray  # the objective on the way from Tukey's fit from least squares to the MM fit
+    path: np.ndarray  # the objective between Tukey's fit from least squares and the MM fit
 
 
-def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
-    """Fits from everywhere."""
+def run(config: Config, progress: Progress = ignore_progress) -> Result:
+    """Fits from every start."""
     if config.starts < 2:
         raise UsageError(f"--starts must be >= 2, got {config.starts}.")
     stars = load("starsCYG")
@@ -64,20 +71,20 @@ def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
     with jax.enable_x64(True):
         X, y = jnp.asarray(stars.X, float), jnp.asarray(stars.y, float)
         mm = rl.fit_linear(X, y, rl.tukey)
-        least = rl.fit_linear(X, y, lambda r: 0.5 * rl.squared_error(r), scale=1.0)
-        at_scale = partial(rl.fit_linear, X, y, rl.tukey, method="irls", scale=mm.scale)
+        least_squares = rl.fit_linear(X, y, lambda r: 0.5 * rl.squared_error(r), scale=1.0)
+        fit_tukey = partial(rl.fit_linear, X, y, rl.tukey, method="irls", scale=mm.scale)
         fits = {
-            "least squares": least,
+            "least squares": least_squares,
             "Huber": rl.fit_linear(X, y),
-            "Tukey, from least squares": at_scale(start=_line(least)),
+            "Tukey, from least squares": fit_tukey(start=_extract_line(least_squares)),
             "MM: Tukey, from the S-estimate": mm,
         }
         progress(0.6, f"{config.starts} starts")
-        pairs = _pairs(config, np.asarray(X[:, 0]))
+        pairs = _draw_pairs(config, np.asarray(X[:, 0]))
         slopes = (y[pairs[:, 1]] - y[pairs[:, 0]]) / (X[pairs[:, 1], 0] - X[pairs[:, 0], 0])
         starts = jnp.stack([y[pairs[:, 0]] - slopes * X[pairs[:, 0], 0], slopes], axis=1)
-        ends = jax.vmap(lambda start: at_scale(start=start))(starts)
-        lines = np.asarray(jax.vmap(_line)(ends))[np.asarray(ends.converged)]
+        ends = jax.vmap(lambda start: fit_tukey(start=start))(starts)
+        lines = np.asarray(jax.vmap(_extract_line)(ends))[np.asarray(ends.converged)]
 
         @jax.vmap
         def objective(line: jax.Array) -> jax.Array:
@@ -88,12 +95,12 @@ def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
         order = np.argsort(objective(minima))
         minima, counts = minima[order], counts[order]
         t = jnp.linspace(-0.3, 1.3, 321)[:, None]
-        tilted, robust = _line(fits["Tukey, from least squares"]), _line(mm)
+        tilted, robust = _extract_line(fits["Tukey, from least squares"]), _extract_line(mm)
         path = objective(tilted + t * (robust - tilted))
         return Result(
             np.asarray(X[:, 0]),
             np.asarray(y),
-            {name: np.asarray(_line(fit)) for name, fit in fits.items()},
+            {name: np.asarray(_extract_line(fit)) for name, fit in fits.items()},
             minima,
             np.asarray(objective(minima)),
             counts / config.starts,
@@ -103,26 +110,24 @@ def run(config: Config, progress: Progress = lambda done, what: None) -> Result:
 
 
 def check(result: Result) -> None:
-    """One loss, one data set, two answers, and only the start tells which."""
-    from_ls = result.lines["Tukey, from least squares"]
+    """One loss has two answers for one data set, and the start decides between them."""
+    tilted = result.lines["Tukey, from least squares"]
     mm = result.lines["MM: Tukey, from the S-estimate"]
-    assert len(result.minima) >= 2, "there is but one minimum"
-    for name, line in (("least squares", from_ls), ("the S-estimate", mm)):
-        off = np.min(np.max(np.abs(result.minima - line), axis=1))
-        assert off < 1e-4, f"no other start ended where that from {name} did"
-    assert from_ls[1] < 0 < mm[1], "from least squares, the giants do not decide"
-    assert result.shares.sum() > 0.95, "fits from random starts did not converge"
+    require(len(result.minima) >= 2, "Tukey's loss has only one minimum")
+    for name, line in (("least squares", tilted), ("the S-estimate", mm)):
+        distance = np.min(np.max(np.abs(result.minima - line), axis=1))
+        require(distance < 1e-4, f"no random start ends in the fit from {name}")
+    require(tilted[1] < 0 < mm[1], "the giants do not decide the fit from least squares")
+    require(result.shares.sum() > 0.95, "fits from random starts did not converge")
 
 
 def show(result: Result, console: Console) -> None:
-    """The tables."""
+    """Prints the tables."""
     table = Table("fit", "intercept", "slope")
     for name, line in result.lines.items():
         table.add_row(name, *[f"{v:.3f}" for v in line])
     console.print(table)
-    table = Table(
-        "minimum of Tukey's loss", "intercept", "slope", "objective", "starts that end here"
-    )
+    table = Table("minimum of Tukey's loss", "intercept", "slope", "objective", "share of starts")
     for i, (line, value, share) in enumerate(
         zip(result.minima, result.objectives, result.shares, strict=True)
     ):
@@ -131,27 +136,27 @@ def show(result: Result, console: Console) -> None:
 
 
 def findings(result: Result) -> list[str]:
-    """What was found."""
+    """What the experiment finds."""
     lowest, robust = result.minima[0], result.lines["MM: Tukey, from the S-estimate"]
-    which = "is" if np.allclose(lowest, robust, atol=1e-4) else "is not"
+    verb = "is" if np.allclose(lowest, robust, atol=1e-4) else "is not"
     return [
-        f"Tukey's loss has {len(result.minima)} minima here, each of them a solution to the last "
-        f"digit, and the lowest {which} the robust one. From least squares, which the giants have "
-        "tilted, it keeps them and rejects none; from the S-estimate it rejects them. No optimiser "
-        "can tell which is meant: the start has to."
+        f"Tukey's loss has {len(result.minima)} minima for these data, each solved to the last "
+        f"digit, and the lowest {verb} the robust one. The giants tilt the least-squares line; the "
+        "fit from this line keeps the giants, the fit from the S-estimate rejects the giants. No "
+        "optimiser knows which minimum is wanted: the start decides."
     ]
 
 
 def files(config: Config, result: Result) -> dict[str, bytes]:
-    """What goes into the output folder."""
+    """The files of the output folder."""
     written = {"result.json": _results.record(config, **result._asdict())}
     if config.plots:
-        written["start.png"] = _results.picture(plot(result))
+        written["start.png"] = _results.render(plot(result))
     return written
 
 
 def folder(config: Config) -> Path:
-    """Where the results go."""
+    """The output folder."""
     return config.out or Path("results") / "start"
 
 
@@ -164,24 +169,24 @@ def plot(result: Result) -> Figure:
         left.plot(result.x[~giants], result.y[~giants], "o", color="#999999", ms=5)
         left.plot(result.x[giants], result.y[giants], "*", color="black", ms=11, label="giants")
         ends = np.array([result.x.min() - 0.05, result.x.max() + 0.05])
-        for i, (name, (intercept, slope)) in enumerate(result.lines.items()):
-            left.plot(
-                ends, intercept + slope * ends, **_plotting.style((7, 1, 0, 2)[i]), lw=2, label=name
-            )
+        for name, (intercept, slope) in result.lines.items():
+            line = _plotting.get_line(LOOKS[name])
+            left.plot(ends, intercept + slope * ends, **line, lw=2, label=name)
         left.set_ylim(result.y.min() - 0.6, result.y.max() + 1.9)
         left.invert_xaxis()
         left.set_xlabel("log temperature (hot stars on the left)")
         left.set_ylabel("log light intensity")
-        left.set_title("One loss, two answers")
+        left.set_title("One loss has two answers")
         left.legend(loc="upper center", ncols=2, fontsize=9)
 
         t, value = result.path.T
-        right.plot(t, value, color="black", lw=2)
-        for at, i, name in ((0.0, 0, "from least squares"), (1.0, 2, "from the S-estimate")):
-            color = _plotting.style(i)["color"]
-            right.plot(at, np.interp(at, t, value), "o", color=color, ms=9)
+        right.plot(t, value, color="0.5", lw=2)
+        for x, look, label in (
+            (0.0, "tukey", "from least squares"), (1.0, "mm", "from the S-estimate"),
+        ):  # fmt: skip
+            right.plot(x, np.interp(x, t, value), ls="", **_plotting.get_points(look), ms=9)
             right.annotate(
-                name, (at, np.interp(at, t, value)), (0, -16), textcoords="offset points",
+                label, (x, np.interp(x, t, value)), (0, -16), textcoords="offset points",
                 ha="center", fontsize=10,
             )  # fmt: skip
         right.set_ylim(value.min() - 0.18 * np.ptp(value), None)
@@ -191,12 +196,12 @@ def plot(result: Result) -> Figure:
     return figure
 
 
-def _line(fit: rl.LinearFit) -> jax.Array:
+def _extract_line(fit: rl.LinearFit) -> jax.Array:
     return jnp.append(fit.intercept, fit.coefficients)
 
 
-def _pairs(config: Config, x: np.ndarray) -> np.ndarray:
-    """Two stars each, of different temperatures."""
+def _draw_pairs(config: Config, x: np.ndarray) -> np.ndarray:
+    """Random pairs of stars of different temperatures."""
     random = np.random.default_rng(config.seed)
     pairs = random.integers(0, len(x), (50 * config.starts, 2))
     return pairs[x[pairs[:, 0]] != x[pairs[:, 1]]][: config.starts]

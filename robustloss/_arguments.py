@@ -1,7 +1,7 @@
-"""How arguments arrive: as real arrays of known types and shapes, or as an error that says why not.
+"""Checks and conversions of arguments.
 
-A parameter that breaks its law is a ValueError where its numbers can be read and NaN where they
-are traced.
+An argument becomes a real array of a known type and shape, or an error that says why it cannot. A
+parameter outside its range is a ValueError if its numbers can be read, and NaN if they are traced.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ Axis = int | Sequence[int] | None
 
 
 def real_array(name: str, x: ArrayLike) -> Array:
-    """`x` as a JAX array of real numbers, or a TypeError that says what it is instead."""
+    """`x` as a JAX array of real numbers, or a TypeError that names its type."""
     dtype = getattr(x, "dtype", None)
     if dtype is None:
         dtype = np.asarray(x).dtype
     given = type(x).__name__ if x is None else f"dtype {dtype}"
     if not isinstance(dtype, np.dtype) and not isinstance(x, jax.Array) and hasattr(x, "__array__"):
-        x = np.asarray(x)  # of a data frame's own type, such as Int64 of pandas
+        x = np.asarray(x)  # a data frame's own type, such as Int64 of pandas
         dtype = x.dtype
     kinds = (np.floating, np.signedinteger, np.unsignedinteger, np.bool_)
     real = any(jnp.issubdtype(dtype, kind) for kind in kinds)
-    if not real or jnp.issubdtype(dtype, np.timedelta64):  # a signed integer to NumPy
+    if not real or jnp.issubdtype(dtype, np.timedelta64):  # which NumPy calls a signed integer
         if dtype == np.object_ and x is not None:
             given += (
                 " (of NumPy: missing values, text or numbers of several kinds); convert it to "
@@ -39,9 +39,9 @@ def real_array(name: str, x: ArrayLike) -> Array:
             )
         raise TypeError(f"{name} must be real numbers, got {given}")
     if not isinstance(x, jax.Array) and jnp.issubdtype(dtype, np.integer):
-        # An integer that JAX's own cannot hold would wrap round.
-        host, held = np.asarray(x), jnp.iinfo(jnp.result_type(int))
-        if host.size and not (held.min <= host.min() and host.max() <= held.max):
+        # An integer outside the range of JAX's integers would be taken modulo 2**32.
+        host, limits = np.asarray(x), jnp.iinfo(jnp.result_type(int))
+        if host.size and not (limits.min <= host.min() and host.max() <= limits.max):
             return jnp.asarray(host.astype(float))
     return jnp.asarray(x)
 
@@ -53,72 +53,74 @@ def residual(predictions: ArrayLike, targets: ArrayLike | None = None) -> tuple[
     """
     p = real_array("predictions", predictions)
     if targets is None:
-        dtype = _inexact(p)
+        dtype = _floating_dtype(p)
         return p.astype(at_least_float32(dtype)), dtype
     t = real_array("targets", targets)
     if p.shape != t.shape:
         raise ValueError(
             f"predictions and targets must have equal shapes, got {p.shape} and {t.shape}"
         )
-    dtype = _inexact(p, t)
+    dtype = _floating_dtype(p, t)
     wide = at_least_float32(dtype)
     return p.astype(wide) - t.astype(wide), dtype
 
 
 def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
-    """The type to compute and to sum in: 16-bit types widen to float32."""
+    """The type to compute and to sum in: float32 for a 16-bit type, else the type itself."""
     return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
 
 
-def _inexact(*arrays: Array) -> jnp.dtype:
+def _floating_dtype(*arrays: Array) -> jnp.dtype:
+    """The dtype that JAX promotes to, or its default floating type if that is an integer."""
     dtype = jnp.result_type(*arrays)
     return dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.result_type(float)
 
 
 def readable(x: ArrayLike) -> np.ndarray | None:
-    """The numbers in `x`, or None where only a computation will know them."""
+    """The numbers in `x`, or None where it is traced or on another machine."""
     if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
         return None
     return np.asarray(x)
 
 
-def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
-    if len(shape) > len(to):
+def broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    """Whether an array of this shape broadcasts to the target shape."""
+    if len(shape) > len(target):
         return False
-    return all(n in (1, m) for n, m in zip(reversed(shape), reversed(to), strict=False))
+    return all(n in (1, m) for n, m in zip(reversed(shape), reversed(target), strict=False))
 
 
 # Functions and their parameters.
 
 
 def check_loss(loss: Any) -> None:
-    """Refuses what is no function, such as a loss's name or its result."""
+    """A TypeError for a loss that is not a function, such as its name or its result."""
     if not callable(loss):
         raise TypeError(f"loss must be a function such as rl.huber, got {type(loss).__name__}")
 
 
 def with_leaves(function: Callable[..., Any], *leaves: type) -> Partial:
-    """A function as a pytree: what a `functools.partial` fixes by keyword are its leaves.
+    """A function as a pytree, whose leaves are the keywords that a `functools.partial` fixes.
 
-    Only where it is of these types, by default numbers; everything else is part of the
-    program. So another value does not compile again.
+    Only keywords of the types `leaves` (by default numbers) become leaves, so that another value
+    does not compile the program again. Everything else is static.
     """
     if not isinstance(function, partial):
         return Partial(function)
     kinds = leaves or (jax.Array, np.ndarray, float)
     values = {k: v for k, v in function.keywords.items() if isinstance(v, kinds)}
-    rest = {k: v for k, v in function.keywords.items() if k not in values}
-    fixed = function.args or rest
+    static = {k: v for k, v in function.keywords.items() if k not in values}
+    fixed = function.args or static
     return Partial(
-        partial(function.func, *function.args, **rest) if fixed else function.func, **values
+        partial(function.func, *function.args, **static) if fixed else function.func, **values
     )
 
 
 def positive(name: str, x: ArrayLike) -> Array:
-    """A parameter that must be > 0: ValueError where it can be read, NaN where it is traced.
+    """A parameter that must be > 0: a ValueError if it can be read, NaN if it is traced.
 
-    XLA on a CPU reads subnormal numbers as 0. So these are refused, too, and numbers of which a
-    quarter, which some losses count in, would be subnormal.
+    XLA on a CPU reads subnormal numbers as 0. So a subnormal parameter is refused too, and so is
+    one of which a quarter is subnormal, because some losses compute with a quarter of delta.
     """
     array = constrained(name, "must be > 0", lambda x: x > 0, x)
     if not jnp.issubdtype(array.dtype, jnp.floating):
@@ -130,7 +132,7 @@ def positive(name: str, x: ArrayLike) -> Array:
 
 
 def between(name: str, x: ArrayLike, low: float, high: float) -> Array:
-    """A parameter of the closed interval [low, high], checked like `positive`."""
+    """A parameter in the closed interval [low, high], checked like `positive`."""
     law = f"must be in [{low}, {high}]"
     return constrained(name, law, lambda x: (x >= low) & (x <= high), x)
 
@@ -138,16 +140,19 @@ def between(name: str, x: ArrayLike, low: float, high: float) -> Array:
 def constrained(
     name: str, law: str, holds: Callable[..., Any], x: ArrayLike, *others: ArrayLike
 ) -> Array:
-    """A parameter for which `holds(x, *others)`, checked like `positive`."""
+    """A parameter for which `holds(x, *others)`, checked like `positive`.
+
+    The error is `name law, got ...`, with the first number for which the law does not hold.
+    """
     array = real_array(name, x)
-    given = [readable(y) for y in (x, *others)]
-    if any(y is None for y in given):
-        # A factor, not a choice between array and NaN, so that the gradient is NaN too.
-        kept = holds(array, *(real_array(name, y) for y in others))
-        return array * jnp.where(kept, 1.0, jnp.nan)
-    allowed = holds(*given)
+    values = [readable(y) for y in (x, *others)]
+    if any(y is None for y in values):
+        # A factor, and not a choice between the array and NaN, so that the gradient is NaN too.
+        allowed = holds(array, *(real_array(name, y) for y in others))
+        return array * jnp.where(allowed, 1.0, jnp.nan)
+    allowed = holds(*values)
     if not np.all(allowed):
-        wrong = np.broadcast_to(np.asarray(given[0]), np.shape(allowed))[~np.asarray(allowed)]
+        wrong = np.broadcast_to(np.asarray(values[0]), np.shape(allowed))[~np.asarray(allowed)]
         raise ValueError(f"{name} {law}, got {wrong.ravel()[0]}")
     return array
 
@@ -166,28 +171,29 @@ def mask(where: ArrayLike, shape: tuple[int, ...]) -> Array:
 def nonnegative(
     weights: ArrayLike, shape: tuple[int, ...], where: ArrayLike | None = None
 ) -> Array:
-    """`weights` of this shape, 0 where dropped.
+    """`weights` broadcast to this shape, 0 where dropped.
 
-    Those that are kept must be finite, >= 0, and 0 or no less than the smallest normal number,
-    since XLA on a CPU takes what is below it for 0. Others are a ValueError where they can be
-    read, and NaN where they are traced.
+    A weight that is kept must be finite, and 0 or at least the smallest normal number, because XLA
+    on a CPU reads a subnormal number as 0. Another weight is a ValueError if it can be read, and
+    NaN if it is traced.
     """
-    with np.errstate(over="ignore"):  # it is told below
+    with np.errstate(over="ignore"):  # the error below reports an overflow
         w = broadcast("weights", real_array("weights", weights), shape)
-    given = _checked(weights, shape, where)
+    values = _valid_weights(weights, shape, where)
     if jnp.issubdtype(w.dtype, jnp.floating):
         info = jnp.finfo(w.dtype)
-        if given is None:
-            low = jnp.asarray(info.tiny, w.dtype)
-            size = lax.bitcast_convert_type(jnp.abs(w), f"uint{info.bits}")
-            small = (size > 0) & (size < lax.bitcast_convert_type(low, size.dtype))
-            w = jnp.where((w >= 0) & (w < jnp.inf) & ~small, w, jnp.nan)
-        elif (lost := given[_lost(given, w.dtype)]).size:
+        if values is None:
+            # Compared as integers of the same order, since a comparison reads subnormals as 0.
+            smallest = jnp.asarray(info.tiny, w.dtype)
+            bits = lax.bitcast_convert_type(jnp.abs(w), f"uint{info.bits}")
+            subnormal = (bits > 0) & (bits < lax.bitcast_convert_type(smallest, bits.dtype))
+            w = jnp.where((w >= 0) & (w < jnp.inf) & ~subnormal, w, jnp.nan)
+        elif (wrong := values[_unrepresentable(values, w.dtype)]).size:
             raise ValueError(
                 f"weights must be 0 or in [{float(info.tiny):.4g}, {float(info.max):.4g}], the "
-                f"numbers of {w.dtype}, got {lost[0]}"
+                f"numbers of {w.dtype}, got {wrong[0]}"
             )
-    elif given is None and jnp.issubdtype(w.dtype, jnp.signedinteger):
+    elif values is None and jnp.issubdtype(w.dtype, jnp.signedinteger):
         w = jnp.where(w >= 0, w.astype(float), jnp.nan)
     return w if where is None else jnp.where(mask(where, shape), w, 0)
 
@@ -195,63 +201,67 @@ def nonnegative(
 def ratios(
     weights: ArrayLike, shape: tuple[int, ...], where: ArrayLike | None, axes: tuple[int, ...]
 ) -> tuple[Array, jnp.dtype]:
-    """`weights` of this shape, 0 where dropped, for `relative` along the axes; and their dtype.
+    """Weights of which only the ratios along the axes count, and the dtype of `weights`.
 
-    Errors are those of `nonnegative`, but every finite magnitude will do: numbers that JAX's
-    type cannot hold, such as NumPy's 1e-50 in float32, are multiplied by a power of 2 here.
+    They are broadcast to this shape, 0 where dropped, and meant for `relative`. Errors are those of
+    `nonnegative`, but every finite magnitude is allowed: numbers that JAX's type cannot represent,
+    such as NumPy's 1e-50 in float32, are first multiplied by a power of 2.
     """
-    given = readable(weights)
-    if given is not None and given.dtype == np.float64:
-        weights = _scaled(given, shape, where, axes)
+    values = readable(weights)
+    if values is not None and values.dtype == np.float64:
+        weights = _representable_ratios(values, shape, where, axes)
     array = real_array("weights", weights)
     w = broadcast("weights", array, shape)
-    _checked(weights, shape, where)
+    _valid_weights(weights, shape, where)
     w = w if where is None else jnp.where(mask(where, shape), w, 0)
     floating = jnp.issubdtype(array.dtype, jnp.floating)
     wide = at_least_float32(array.dtype if floating else jnp.result_type(float))
     return w.astype(wide), array.dtype
 
 
-def _scaled(
+def _representable_ratios(
     w: np.ndarray, shape: tuple[int, ...], where: ArrayLike | None, axes: tuple[int, ...]
 ) -> np.ndarray:
-    """The same ratios along the axes, where the type that JAX will take cannot hold them."""
-    known = None if where is None else readable(where)
-    fit = all(broadcasts(x.shape, shape) for x in (w, known) if x is not None)
-    if not (fit and np.any(_lost(w, jnp.result_type(float)))):
+    """Weights with the same ratios along the axes, that JAX's floating type can represent.
+
+    They are the weights themselves if it can represent these, or if the shapes do not fit.
+    """
+    keep = None if where is None else readable(where)
+    shapes_fit = all(broadcasts(x.shape, shape) for x in (w, keep) if x is not None)
+    if not (shapes_fit and np.any(_unrepresentable(w, jnp.result_type(float)))):
         return w
     w = np.broadcast_to(w, shape)
-    kept = np.broadcast_to(True if known is None else known, shape) & (w >= 0) & (w < np.inf)
-    _, exponent = np.frexp(np.max(w, axes, keepdims=True, initial=0, where=kept))
-    return np.ldexp(w, -exponent, where=kept, out=w.copy())
+    scalable = np.broadcast_to(True if keep is None else keep, shape) & (w >= 0) & (w < np.inf)
+    _, exponent = np.frexp(np.max(w, axes, keepdims=True, initial=0, where=scalable))
+    return np.ldexp(w, -exponent, where=scalable, out=w.copy())
 
 
-def _checked(
+def _valid_weights(
     weights: ArrayLike, shape: tuple[int, ...], where: ArrayLike | None
 ) -> np.ndarray | None:
-    """The weights that are kept, all finite and >= 0; None where they cannot be read."""
-    given, kept = readable(weights), True if where is None else readable(where)
-    if given is None or kept is None:
+    """The weights kept, as one axis, all finite and >= 0; None if they cannot be read."""
+    values, keep = readable(weights), True if where is None else readable(where)
+    if values is None or keep is None:
         return None
-    given = np.broadcast_to(given, shape)[np.broadcast_to(kept, shape)]
-    for law, holds in ((">= 0", given >= 0), ("finite", given < np.inf)):
+    kept = np.broadcast_to(values, shape)[np.broadcast_to(keep, shape)]
+    for law, holds in ((">= 0", kept >= 0), ("finite", kept < np.inf)):
         if not np.all(holds):
-            raise ValueError(f"weights must be {law}, got {given[~holds][0]}")
-    return given
+            raise ValueError(f"weights must be {law}, got {kept[~holds][0]}")
+    return kept
 
 
-def _lost(given: np.ndarray, dtype: Any) -> np.ndarray:
-    """Which of these would become 0 or infinite."""
+def _unrepresentable(values: np.ndarray, dtype: Any) -> np.ndarray:
+    """Whether each value would become 0 or infinite in this type."""
     info = jnp.finfo(dtype)
-    return (given > 0) & ((given < float(info.tiny)) | (given > float(info.max)))
+    return (values > 0) & ((values < float(info.tiny)) | (values > float(info.max)))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def relative(w: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
-    """`w unit` and the unit, a power of 2 that takes the largest w along the axes to [1, 4).
+    """`w unit` and the unit, a power of 2 that brings the largest w along the axes to [1, 4).
 
-    A w that is negative or not finite is NaN. Subnormal numbers, which XLA on a CPU reads as 0,
-    are read from their bits.
+    The first has w's shape, with NaN for a w that is negative or not finite; the unit has length 1
+    along the axes. XLA on a CPU reads subnormal numbers as 0, so they are made from their bits.
     """
     info = jnp.finfo(w.dtype)
     bits = lax.bitcast_convert_type(w, jnp.int32 if info.bits == 32 else jnp.int64)
@@ -265,32 +275,33 @@ def relative(w: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
     exponent = jnp.clip(largest >> info.nmant, 1, 2 * top - 3) - bias
     exponent = jnp.where(largest == 0, 0, exponent)
     unit = power_of_2(-exponent)
-    lowest = 1 << info.nmant  # of the normal numbers
+    lowest = 1 << info.nmant  # the bits of the smallest normal number
     fraction = (bits & (lowest - 1)).astype(w.dtype) * (1 / lowest)
     subnormal = fraction * power_of_2(jnp.maximum(2 - top - exponent, 2 - top))
     valid = ((bits >= 0) & (bits < (2 * top - 1) << info.nmant)) | (bits == minus_0)
-    near = jnp.where(jnp.abs(bits) < lowest, subnormal, w * unit)
-    return jnp.where(valid, near, jnp.nan), unit
+    scaled = jnp.where(jnp.abs(bits) < lowest, subnormal, w * unit)
+    return jnp.where(valid, scaled, jnp.nan), unit
 
 
 @relative.defjvp
 def _relative_jvp(axes: tuple[int, ...], primals: Any, tangents: Any) -> Any:
-    near, unit = relative(*primals, axes)
-    return (near, unit), (tangents[0] * unit, jnp.zeros_like(unit))
+    scaled, unit = relative(*primals, axes)
+    return (scaled, unit), (tangents[0] * unit, jnp.zeros_like(unit))
 
 
 def axes_of(axis: Axis, ndim: int) -> tuple[int, ...]:
-    """The axes to reduce, counted from 0."""
+    """The axes to reduce, as numbers from 0 to ndim - 1."""
     if axis is None:
         return tuple(range(ndim))
     axes = (axis,) if isinstance(axis, int) else tuple(axis)
-    for each in axes:
-        if not -ndim <= each < ndim:
-            raise ValueError(f"axis {each} is out of bounds for an array of {ndim} dimensions")
-    return tuple(each % ndim for each in axes)
+    for a in axes:
+        if not -ndim <= a < ndim:
+            raise ValueError(f"axis {a} is out of bounds for an array of {ndim} dimensions")
+    return tuple(a % ndim for a in axes)
 
 
 def broadcast(name: str, x: Array, shape: tuple[int, ...]) -> Array:
+    """`x` broadcast to the residual's shape, or a ValueError that says why it cannot be."""
     try:
         return jnp.broadcast_to(x, shape)
     except ValueError:

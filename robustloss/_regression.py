@@ -1,8 +1,9 @@
 """A regression in coordinates in which its columns are of one size and close to orthogonal.
 
-Every solver works on the rows q of a `Problem`, so none meets a column in unusual units, a large
-mean or two columns that are nearly the same; one that depends on the others has become 0. Rows
-are made when they are needed, a block at a time, so that no second copy of X is kept.
+Every solver works on the rows q of a `Problem`. So no solver meets a column in unusual units, a
+column with a large mean, or two columns that are nearly the same. A column that depends on the
+others has become 0. Where rows are many, they are made when they are needed, a block at a time, so
+that no second copy of X is kept.
 """
 
 from __future__ import annotations
@@ -16,146 +17,181 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.scipy.linalg import cho_solve
 
-from robustloss._numerics.columns import axes, factorised, largest, mean_size, middles_and_spreads
+from robustloss._numerics.columns import (
+    largest_deviation,
+    locations_and_scales,
+    mean_size,
+    orthogonal_basis,
+    orthogonal_rows,
+)
 from robustloss._numerics.sums import joint_sums
 from robustloss.losses._double import frexp, ldexp
+
+LossAtScale = Callable[[Array], Callable[..., Array]]
+"""The loss whose residuals are in units of a given scale."""
 
 _SAMPLE = 1024  # rows, enough to center and to scale a column by
 _BLOCK = 16384  # rows, few enough for a cache
 
 
-LossAtScale = Callable[[Array], Callable[..., Array]]
-"""The loss at a scale."""
-
-
 class Problem(NamedTuple):
-    """Minimise over b what a loss makes of `y - q b`, `q = (X - center) slopes + constants`."""
+    """Minimise over b a loss of `y - q b`, `q = (x - center) slopes + constants` of each row x."""
 
     X: Array
-    """(n, p), as given"""
+    """(n, p) as given"""
     y: Array
-    """(n,), less a constant if there is an intercept, in units of `unit`; 0 where dropped"""
-    w: Array | None
-    """(n,) weights, the largest 1, or None"""
-    keep: Array | None
-    """(n,) booleans, or None"""
-    q: Array | None
-    """(n, k) the rows, where they are few enough to be kept; None where they are made in blocks"""
+    """(n,) minus `y_center`, in units of `y_unit`; 0 where dropped"""
+    weights: Array | None
+    """(n,) the largest 1, or None"""
+    where: Array | None
+    """(n,) booleans, False where dropped, or None"""
+    design: Array | None
+    """(n, k) the rows q, where they are few enough to be kept; None where they are made in
+    blocks"""
     center: Array
-    spread: Array
-    """(p,) of the columns, robust"""
+    """(p,) robust location of the columns"""
+    column_scale: Array
+    """(p,) robust scale of the columns"""
     slopes: Array
+    """(p, k)"""
     constants: Array
-    """(p, k) and (k,)"""
-    middle: Array
-    """what was taken from y, in its own units"""
-    unit: Array
-    """of y: 1, or a power of 2 where squares of y would leave the range of its type"""
-    size: Array
-    """of y in this unit, robust: what rounding is relative to"""
+    """(k,)"""
+    y_center: Array
+    """robust location of y, in its own units, if there is an intercept; else 0"""
+    y_unit: Array
+    """1, or a power of 2 where squares of y would leave the range of its type"""
+    y_size: Array
+    """robust size of y in this unit, to which rounding errors are relative"""
     rank: Array
-    told: Array
-    """(k,) which coefficients the data tell from the others"""
+    """number of columns that do not depend on the others"""
+    identifiable: Array
+    """(k,) whether the data determine each coefficient"""
     intercept: bool
 
-    def each(self) -> Array:
-        """The weight of each row, 0 where dropped."""
-        w = jnp.ones_like(self.y) if self.w is None else self.w
-        return w if self.keep is None else jnp.where(self.keep, w, 0)
+    def row_weights(self) -> Array:
+        """(n,) the weight of each row, 0 where dropped."""
+        weights = jnp.ones_like(self.y) if self.weights is None else self.weights
+        return weights if self.where is None else jnp.where(self.where, weights, 0)
 
-    def counted(self) -> Array | None:
-        """Which rows have a weight; None for all, which XLA should not find out by counting."""
-        return None if self.w is None and self.keep is None else self.each() > 0
+    def weighted_rows(self) -> Array | None:
+        """(n,) which rows have a weight; None for all, so that XLA need not count them."""
+        if self.weights is None and self.where is None:
+            return None
+        return self.row_weights() > 0
 
     def typical_size(self, b: Array) -> Array:
-        """Of the terms that a typical prediction is the sum of."""
-        return self.spread @ (jnp.abs(self.slopes) @ jnp.abs(b)) + jnp.abs(self.constants @ b)
+        """The size of the terms that a typical prediction is the sum of."""
+        by_slopes = self.column_scale @ (jnp.abs(self.slopes) @ jnp.abs(b))
+        return by_slopes + jnp.abs(self.constants @ b)
 
 
 class Estimate(NamedTuple):
     """Where a solver ended."""
 
     b: Array
+    """(k,)"""
     scale: Array
     residuals: Array
-    """q b - y, as a loss takes them"""
+    """(n,) q b - y, as a loss takes them"""
     converged: Array
     steps: Array
 
 
-def problem(
+def standardise(
     X: Array,
     y: Array,
-    keep: Array | None,
-    w: Array | None,
+    where: Array | None,
+    weights: Array | None,
     intercept: bool,
     *,
     in_units: bool = True,
 ) -> Problem:
-    """X is (n, p) and y is (n,), both floating and at least float32.
+    """The problem in coordinates in which the columns have one size and are nearly orthogonal.
 
-    `in_units`: y may be divided by a power of 2, for a loss whose delta is in units of y.
+    X is (n, p) and y is (n,), both floating and at least float32. `in_units`: y may be divided by
+    a power of 2, for a loss whose delta is in units of y.
     """
-    n, p = X.shape
-    y = y if keep is None else jnp.where(keep, y, 0)
-    some = spaced(keep, n, _SAMPLE)
-    kept = None
-    if keep is not None and not isinstance(some, slice):
-        kept = keep[some] & (some < n)
-    # Of most of the rows: one wild entry must not flatten the others.
-    table = jnp.concatenate([X[some], y[some, None]], axis=1)
-    middles, spreads = middles_and_spreads(table, kept, intercept)
-    center, middle, spread, size = middles[:p], middles[p], spreads[:p], spreads[p]
-    spread = jnp.where(spread > 0, spread, largest(X, center, keep, spread))
-    size = jnp.where(size > 0, size, mean_size(table[:, p] - middle, kept))
-    unit = _unit(size) if in_units else jnp.ones_like(size)
-    size, y = size / unit, y * (1 / unit)
-    y = y - middle / unit if intercept else y
-    y = y if keep is None else jnp.where(keep, y, 0)
-
-    per_column = jnp.diag(1 / spread)
+    p = X.shape[1]
     k = p + intercept
+    y = y if where is None else jnp.where(where, y, 0)
+    center, column_scale, y_center, y_size = _locations_and_scales(X, y, where, intercept)
+    y_unit = _unit(y_size) if in_units else jnp.ones_like(y_size)
+    y_size, y = y_size / y_unit, y * (1 / y_unit)
+    y = y - y_center / y_unit if intercept else y
+    y = y if where is None else jnp.where(where, y, 0)
+
+    per_column = jnp.diag(1 / column_scale)
     if intercept:
         per_column = jnp.concatenate([jnp.zeros((p, 1), X.dtype), per_column], axis=1)
-    first = jnp.zeros(k, X.dtype).at[0].set(1.0) if intercept else jnp.zeros(k, X.dtype)
-    raw = Problem(
-        X, y, w, keep, None, center, spread, per_column, first, middle, unit, size, jnp.int32(k),
-        jnp.ones(k, bool), intercept,
+    ones = jnp.zeros(k, X.dtype).at[0].set(1.0) if intercept else jnp.zeros(k, X.dtype)
+    scaled = Problem(
+        X, y, weights, where, None, center, column_scale, per_column, ones, y_center, y_unit,
+        y_size, jnp.int32(k), jnp.ones(k, bool), intercept,
     )  # fmt: skip
+    basis, null_space, rank, design = _orthogonalise(scaled)
+    return scaled._replace(
+        design=design,
+        slopes=per_column @ basis,
+        constants=ones @ basis,
+        rank=rank,
+        identifiable=_identifiable(scaled, null_space),
+    )
 
-    def bounded(z: Array, each: Array) -> Array:
-        return (each > 0) / (1 + jnp.sum(z * z, axis=1) / k)
 
-    def terms(z: Array, each: Array) -> tuple[Array, Array]:
-        each = bounded(z, each)
-        return gram(z, each), jnp.sum(each)
+def _locations_and_scales(
+    X: Array, y: Array, where: Array | None, intercept: bool
+) -> tuple[Array, Array, Array, Array]:
+    """Robust location and scale of the columns of X, and of y, from a sample of the rows."""
+    n, p = X.shape
+    chosen = spaced_rows(where, n, _SAMPLE)
+    kept = None
+    if where is not None and not isinstance(chosen, slice):
+        kept = where[chosen] & (chosen < n)
+    table = jnp.concatenate([X[chosen], y[chosen, None]], axis=1)
+    locations, scales = locations_and_scales(table, kept, intercept)
+    center, y_center, column_scale, y_size = locations[:p], locations[p], scales[:p], scales[p]
+    # The scale is 0 where most entries of a column are one number.
+    column_scale = jnp.where(
+        column_scale > 0, column_scale, largest_deviation(X, center, where, column_scale)
+    )
+    y_size = jnp.where(y_size > 0, y_size, mean_size(table[:, p] - y_center, kept))
+    return center, column_scale, y_center, y_size
+
+
+def _orthogonalise(scaled: Problem) -> tuple[Array, Array, Array, Array | None]:
+    """A basis of orthogonal columns; directions in which all rows are 0; the rank; the rows.
+
+    Rows far out in X count less, so that one of them does not decide on the basis.
+    """
+    k = len(scaled.constants)
+
+    def bounded(z: Array, weights: Array) -> Array:
+        return (weights > 0) / (1 + jnp.sum(z * z, axis=1) / k)
+
+    def terms(z: Array, weights: Array) -> tuple[Array, Array]:
+        weights = bounded(z, weights)
+        return gram(z, weights), jnp.sum(weights)
 
     # All rows at once can be factorised where their gram has too few digits.
-    z = rows(raw) if n < _BLOCK else None
-    normal, total = sums(raw, terms)
+    z = design_rows(scaled) if len(scaled.y) < _BLOCK else None
+    normal, total = sum_over_rows(scaled, terms)
     diagonal = jnp.sqrt(jnp.maximum(jnp.diagonal(normal), 0))
     diagonal = jnp.where(diagonal > 0, diagonal, 1)
-    scaled = normal / (diagonal[:, None] * diagonal)
+    unit_normal = normal / (diagonal[:, None] * diagonal)
     root = jnp.sqrt(total)
     if z is None:
-        basis, free, rank = axes(scaled)
-        q = None
+        basis, null_space, rank = orthogonal_basis(unit_normal)
+        design = None
     else:
-        each = bounded(z, raw.each())
-        noise = jnp.ones_like(first)
-        noise = noise.at[intercept:].add(jnp.abs(center) / spread) * jnp.finfo(X.dtype).eps
-        root_each = jnp.sqrt(each)[:, None]
-        basis, free, rank, q = factorised(scaled, z / diagonal, root_each, noise)
-        q = q * root
-    basis = basis * (root / diagonal[:, None])
-    free = free / diagonal[:, None]
-    return raw._replace(
-        q=q,
-        slopes=per_column @ basis,
-        constants=first @ basis,
-        rank=rank,
-        told=_told(raw, free),
-    )
+        eps = jnp.finfo(z.dtype).eps
+        rounding = jnp.ones(k, z.dtype)
+        rounding = rounding.at[scaled.intercept :].add(jnp.abs(scaled.center) / scaled.column_scale)
+        root_weights = jnp.sqrt(bounded(z, scaled.row_weights()))[:, None]
+        basis, null_space, rank, design = orthogonal_rows(
+            unit_normal, z / diagonal, root_weights, rounding * eps
+        )
+        design = design * root
+    return basis * (root / diagonal[:, None]), null_space / diagonal[:, None], rank, design
 
 
 def _unit(size: Array) -> Array:
@@ -167,148 +203,163 @@ def _unit(size: Array) -> Array:
     return jnp.where(ordinary | ~(size > 0), 1, ldexp(jnp.ones_like(size), exponent))
 
 
-def _told(raw: Problem, free: Array) -> Array:
-    """Which coefficients stay what they are along directions in which the fit does not change."""
-    size = jnp.abs(free)
+def _identifiable(scaled: Problem, null_space: Array) -> Array:
+    """Which coefficients do not change along the directions in which the fit does not change."""
+    size = jnp.abs(null_space)
     largest = jnp.max(size, axis=0)
-    if raw.intercept:
-        slopes = free[1:] / raw.spread[:, None]
-        parts = raw.center[:, None] * slopes
+    if scaled.intercept:
+        slopes = null_space[1:] / scaled.column_scale[:, None]
+        parts = scaled.center[:, None] * slopes
         size = size.at[0].add(jnp.sum(jnp.abs(parts), axis=0))
-        free = free.at[0].add(-jnp.sum(parts, axis=0))
-    noise = jnp.finfo(free.dtype).eps ** 0.5 * jnp.maximum(size, largest)
-    return ~jnp.any(jnp.abs(free) > noise, axis=1)
+        null_space = null_space.at[0].add(-jnp.sum(parts, axis=0))
+    rounding = jnp.finfo(null_space.dtype).eps ** 0.5 * jnp.maximum(size, largest)
+    return ~jnp.any(jnp.abs(null_space) > rounding, axis=1)
 
 
-def rows(of: Problem) -> Array:
-    """All q, 0 where dropped: for as many rows as may be copied."""
-    if of.q is not None:
-        return of.q
-    q = (of.X - of.center) @ of.slopes + of.constants
-    return q if of.keep is None else jnp.where(of.keep[:, None], q, 0)
+# Rows.
+
+
+def design_rows(problem: Problem) -> Array:
+    """(n, k) all rows q, 0 where dropped. Only for as many rows as may be copied."""
+    if problem.design is not None:
+        return problem.design
+    q = (problem.X - problem.center) @ problem.slopes + problem.constants
+    return q if problem.where is None else jnp.where(problem.where[:, None], q, 0)
 
 
 @overload
-def spaced(keep: Array, n: int, count: int) -> Array: ...
+def spaced_rows(kept: Array, n: int, count: int) -> Array: ...
 @overload
-def spaced(keep: Array | None, n: int, count: int) -> slice | Array: ...
-def spaced(keep: Array | None, n: int, count: int) -> slice | Array:
-    """About `count` of n rows at equal distances, of those that are kept; n stands for none."""
-    if keep is None:
+def spaced_rows(kept: Array | None, n: int, count: int) -> slice | Array: ...
+def spaced_rows(kept: Array | None, n: int, count: int) -> slice | Array:
+    """About `count` of n rows at equal distances, of those that are kept; the index n is none."""
+    if kept is None:
         return slice(None, None, -(-n // count))
-    step = jnp.maximum(1, -(-jnp.sum(keep, dtype=jnp.int32) // count))
-    chosen = keep & ((jnp.cumsum(keep, dtype=jnp.int32) - 1) % step == 0)
-    return first(chosen, min(n, count))
+    step = jnp.maximum(1, -(-jnp.sum(kept, dtype=jnp.int32) // count))
+    chosen = kept & ((jnp.cumsum(kept, dtype=jnp.int32) - 1) % step == 0)
+    return first_rows(chosen, min(n, count))
 
 
-def first(chosen: Array, count: int) -> Array:
-    """Where the first `count` of those chosen are; n stands for none."""
-    upto = jnp.cumsum(chosen, dtype=jnp.int32)
-    return jnp.searchsorted(upto, jnp.arange(1, count + 1, dtype=jnp.int32)).astype(jnp.int32)
+def first_rows(chosen: Array, count: int) -> Array:
+    """The indices of the first `count` of the chosen rows; the index n is none."""
+    ranks = jnp.cumsum(chosen, dtype=jnp.int32)
+    return jnp.searchsorted(ranks, jnp.arange(1, count + 1, dtype=jnp.int32)).astype(jnp.int32)
 
 
-def part(of: Problem, which: slice | Array) -> Problem:
+def subset(problem: Problem, indices: slice | Array) -> Problem:
     """The same coordinates for some of the rows; an index past the last drops its row."""
 
-    def these(x: Array | None) -> Array | None:
-        return None if x is None else x[which]
+    def select(x: Array | None) -> Array | None:
+        return None if x is None else x[indices]
 
-    keep = these(of.keep)
-    if not isinstance(which, slice):
-        inside = which < len(of.y)
-        keep = inside if keep is None else keep & inside
-    return of._replace(X=of.X[which], y=of.y[which], w=these(of.w), keep=keep, q=these(of.q))
-
-
-def dependent_columns(of: Problem) -> Array:
-    """Which columns of q are 0, since they depend on the others."""
-    return jnp.sum(jnp.abs(of.slopes), axis=0) + jnp.abs(of.constants) == 0
-
-
-def predictions(of: Problem, b: Array) -> Array:
-    """`q b` of each row."""
-    return lax.optimization_barrier(both_predictions(of, b, b))[0]  # or XLA makes but one, slower
+    where = select(problem.where)
+    if not isinstance(indices, slice):
+        inside = indices < len(problem.y)
+        where = inside if where is None else where & inside
+    return problem._replace(
+        X=problem.X[indices],
+        y=problem.y[indices],
+        weights=select(problem.weights),
+        where=where,
+        design=select(problem.design),
+    )
 
 
-def both_predictions(of: Problem, b: Array, v: Array) -> tuple[Array, Array]:
-    """`q b` and `q v` of each row, in a third of the time that XLA's CPU takes for one."""
-    # Not a product of matrices, of which one would have to be written first; nor may XLA write
-    # X - center before a loop over many b.
-    b, v, center = lax.optimization_barrier((b, v, of.center))
-    moved = of.X - center
-    sums = joint_sums(moved * (of.slopes @ b), moved * (of.slopes @ v), axis=1)
-    both = (each + of.constants @ x for each, x in zip(sums, (b, v), strict=True))
-    first, second = (x if of.keep is None else jnp.where(of.keep, x, 0) for x in both)
+def dependent_columns(problem: Problem) -> Array:
+    """(k,) which columns of q are 0, since they depend on the others."""
+    return jnp.sum(jnp.abs(problem.slopes), axis=0) + jnp.abs(problem.constants) == 0
+
+
+def predictions(problem: Problem, b: Array) -> Array:
+    """(n,) `q b` of each row."""
+    # Without the barrier, XLA makes only one of the two, which is slower.
+    return lax.optimization_barrier(two_predictions(problem, b, b))[0]
+
+
+def two_predictions(problem: Problem, b: Array, v: Array) -> tuple[Array, Array]:
+    """(n,) `q b` and `q v` of each row, in a third of the time that XLA's CPU takes for one."""
+    # A product of matrices would first write one of them to memory. The barrier keeps XLA from
+    # writing X - center to memory before a loop over many b.
+    b, v, center = lax.optimization_barrier((b, v, problem.center))
+    centered = problem.X - center
+    sums = joint_sums(centered * (problem.slopes @ b), centered * (problem.slopes @ v), axis=1)
+    both = (x + problem.constants @ u for x, u in zip(sums, (b, v), strict=True))
+    first, second = (x if problem.where is None else jnp.where(problem.where, x, 0) for x in both)
     return first, second
 
 
-def lengths(of: Problem) -> Array:
-    """The length of each q."""
-    k = len(of.constants)
-    axes = jnp.eye(k + k % 2, k, dtype=of.X.dtype)
+def row_lengths(problem: Problem) -> Array:
+    """(n,) the length of each q."""
+    k = len(problem.constants)
+    unit_vectors = jnp.eye(k + k % 2, k, dtype=problem.X.dtype)
 
     def add(i: Array, squares: Array) -> Array:
-        u, v = both_predictions(of, axes[2 * i], axes[2 * i + 1])
+        u, v = two_predictions(problem, unit_vectors[2 * i], unit_vectors[2 * i + 1])
         return squares + u * u + v * v
 
-    return jnp.sqrt(lax.fori_loop(0, len(axes) // 2, add, jnp.zeros_like(of.y)))
+    return jnp.sqrt(lax.fori_loop(0, len(unit_vectors) // 2, add, jnp.zeros_like(problem.y)))
 
 
-def sums(of: Problem, terms: Callable[..., Any], *vectors: Array) -> Any:
-    """What `terms(q, each, *vectors)` makes of the rows, added up over blocks of them.
+def sum_over_rows(problem: Problem, terms: Callable[..., Any], *vectors: Array) -> Any:
+    """The sum of `terms(q, weights, *vectors)` over blocks of rows.
 
-    It must be a sum that a row with the weight 0 in `each` has no part in. A block has rows from
-    each of up to 64 groups, so that every device has its own where they are on several.
+    `terms` takes the rows (m, k), their weights (m,) and the parts (m,) of the vectors; a row of
+    weight 0 must add nothing. A block has rows from each of up to 64 groups, so that every device
+    works on its own rows where the data are on several devices.
     """
-    n = len(of.y)
+    n = len(problem.y)
     groups = gcd(n, 64)
     length, height = n // groups, -(-_BLOCK // groups)
     if length <= height:
-        return terms(rows(of), of.each(), *vectors)
+        return terms(design_rows(problem), problem.row_weights(), *vectors)
 
-    def block(i: Array, total: Any) -> Any:
-        first = jnp.minimum(i * height, length - height)
+    def add(i: Array, total: Any) -> Any:
+        start = jnp.minimum(i * height, length - height)
 
-        def here(x: Array) -> Array:
+        def select(x: Array) -> Array:
             x = x.reshape(groups, length, *x.shape[1:])
-            x = lax.dynamic_slice_in_dim(x, first, height, 1)
+            x = lax.dynamic_slice_in_dim(x, start, height, 1)
             return x.reshape(groups * height, *x.shape[2:])
 
-        these = of._replace(
-            X=here(of.X),
-            y=jnp.zeros(groups * height, of.y.dtype),
-            w=None if of.w is None else here(of.w),
-            keep=None if of.keep is None else here(of.keep),
+        block = problem._replace(
+            X=select(problem.X),
+            y=jnp.zeros(groups * height, problem.y.dtype),
+            weights=None if problem.weights is None else select(problem.weights),
+            where=None if problem.where is None else select(problem.where),
         )
         # The last block starts with rows of the one before.
-        new = jnp.tile(first + jnp.arange(height) >= i * height, groups)
-        added = terms(rows(these), jnp.where(new, these.each(), 0), *map(here, vectors))
+        new = jnp.tile(start + jnp.arange(height) >= i * height, groups)
+        weights = jnp.where(new, block.row_weights(), 0)
+        added = terms(design_rows(block), weights, *map(select, vectors))
         return jax.tree.map(jnp.add, total, added)
 
-    one = part(of, slice(1))
-    shapes = jax.eval_shape(terms, rows(one), one.each(), *(x[:1] for x in vectors))
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return lax.fori_loop(0, -(-length // height), block, nothing)
+    one = subset(problem, slice(1))
+    shapes = jax.eval_shape(terms, design_rows(one), one.row_weights(), *(x[:1] for x in vectors))
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return lax.fori_loop(0, -(-length // height), add, zero)
 
 
-def gram(q: Array, w: Array) -> Array:
-    """`q' diag(w) q`."""
-    return (q * w[:, None]).T @ q
+# Normal equations.
 
 
-def crossed(q: Array, columns: Array) -> Array:
+def gram(q: Array, weights: Array) -> Array:
+    """`q' diag(weights) q`."""
+    return (q * weights[:, None]).T @ q
+
+
+def cross_product(q: Array, columns: Array) -> Array:
     """`q' columns`, for a step of a solver."""
     # XLA's CPU takes half the time where q' is in memory. All rows at once are the same in each
-    # step, so that it is written there once; blocks of them are not.
-    whole = len(q) < _BLOCK
-    return (lax.optimization_barrier(q.T) if whole else q.T) @ columns
+    # step, so that q' is written once for all steps; blocks of rows are not.
+    all_rows = len(q) < _BLOCK
+    return (lax.optimization_barrier(q.T) if all_rows else q.T) @ columns
 
 
 def solve(gram: Array, right: Array) -> Array:
     """`gram b = right` for a gram that is positive definite but for columns of 0.
 
-    The gram is scaled to a diagonal of ones first: a direction that only one row far out tells,
-    or only the rows near the middle, keeps its digits.
+    The gram is first scaled to a diagonal of ones. So a direction that is determined by one row far
+    out alone, or by the rows near the center alone, keeps its digits.
     """
     k = len(gram)
     diagonal = jnp.diagonal(gram)
@@ -322,28 +373,30 @@ def solve(gram: Array, right: Array) -> Array:
     return solution.reshape(right.shape)
 
 
-def raw_basis(of: Problem) -> Array:
-    """The matrix that takes b to the coefficients, but for the constant `middle`."""
-    if not of.intercept:
-        return of.slopes
-    return jnp.concatenate([(of.constants - of.center @ of.slopes)[None], of.slopes])
+def coefficient_basis(problem: Problem) -> Array:
+    """The matrix that takes b to the coefficients, up to the constant `y_center`."""
+    if not problem.intercept:
+        return problem.slopes
+    return jnp.concatenate(
+        [(problem.constants - problem.center @ problem.slopes)[None], problem.slopes]
+    )
 
 
-def coefficients(of: Problem, b: Array) -> Array:
-    """In the units of the user, the intercept first if there is one."""
-    slopes = of.slopes @ b
-    if not of.intercept:
-        return of.unit * slopes
-    first = of.middle / of.unit + of.constants @ b - slopes @ of.center
-    return of.unit * jnp.concatenate([first[None], slopes])
+def coefficients_of(problem: Problem, b: Array) -> Array:
+    """The coefficients in the units of the user, the intercept first if there is one."""
+    slopes = problem.slopes @ b
+    if not problem.intercept:
+        return problem.y_unit * slopes
+    first = problem.y_center / problem.y_unit + problem.constants @ b - slopes @ problem.center
+    return problem.y_unit * jnp.concatenate([first[None], slopes])
 
 
-def from_coefficients(of: Problem, given: Array) -> Array:
+def coordinates_of(problem: Problem, given: Array) -> Array:
     """The b of coefficients in the user's units."""
-    basis = of.slopes * of.spread[:, None]
-    given = given / of.unit
-    if not of.intercept:
-        return jnp.linalg.pinv(basis) @ (given * of.spread)
-    basis = jnp.concatenate([of.constants[None], basis])
-    first = given[0] - of.middle / of.unit + given[1:] @ of.center
-    return jnp.linalg.pinv(basis) @ jnp.concatenate([first[None], given[1:] * of.spread])
+    basis = problem.slopes * problem.column_scale[:, None]
+    given = given / problem.y_unit
+    if not problem.intercept:
+        return jnp.linalg.pinv(basis) @ (given * problem.column_scale)
+    basis = jnp.concatenate([problem.constants[None], basis])
+    first = given[0] - problem.y_center / problem.y_unit + given[1:] @ problem.center
+    return jnp.linalg.pinv(basis) @ jnp.concatenate([first[None], given[1:] * problem.column_scale])

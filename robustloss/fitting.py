@@ -32,9 +32,22 @@ Inputs = Any  # a pytree of arrays whose first axis counts the rows
 Model = Callable[[Params, Inputs], Array]
 Objective = Callable[..., Array]
 
+# Draws of random signs for the rows. The gradient's scale is the largest of the draws, so that an
+# entry whose terms cancel in one draw still has a scale.
+_SIGN_DRAWS = 3
+# Conjugate gradients end after this number of products with the Hessian matrix, or after twice the
+# number of parameters if that is less.
+_MAX_HESSIAN_PRODUCTS = 100
+# The rounding error of an entry of the gradient is taken as this number times eps times the scale
+# of the entry.
+_GRADIENT_ROUNDING = 8
+
 
 class Optimizer(Protocol):
-    """An `optax.GradientTransformation`, told by its parts: optax is imported when it is used."""
+    """The two functions of an `optax.GradientTransformation`.
+
+    A protocol, so that optax is imported only when a fit runs.
+    """
 
     @property
     def init(self) -> Callable[..., Any]: ...
@@ -44,19 +57,20 @@ class Optimizer(Protocol):
 
 
 class Fit(NamedTuple):
-    """What `fit` found. A pytree: under vmap each field has the batch axis in front."""
+    """The result of `fit`, a pytree. Under vmap each field has the batch axis in front."""
 
     params: Params
     """The parameters after the last step, as the pytree that was given."""
     value: Array
     """The mean loss at `params`, over all rows kept."""
     steps: Array
-    """How many steps were taken."""
+    """The number of steps taken."""
     converged: Array
-    """Whether the tests that `fit` describes held at `params`: a minimum, as far as they see."""
+    """Whether the four conditions that `fit` describes hold at `params`."""
     history: Array
-    """The objective before each step and after the last, `history[: steps + 1]`; the last is
-    repeated to the end. In a mini-batch fit it is the objective of each step's batch."""
+    """The objective before each step and after the last one, `history[: steps + 1]`. The last
+    value is repeated to the end of the array. In a mini-batch fit, the objective before a step is
+    that of the step's batch."""
 
 
 def fit(
@@ -82,41 +96,46 @@ def fit(
     sharded arrays as it is, and can be differentiated in forward mode (a loop of unknown
     length has no reverse mode in JAX).
 
-    It stops when four things hold at what is returned, and `converged` says that they did:
+    The fit stops when four conditions hold at the returned parameters; `converged` says whether
+    they did:
 
-    - the value changed by at most `tolerance` of itself in the last step (in the last epoch,
-      with mini-batches). Below `tolerance` of the first value, of that;
-    - each entry of the gradient is at most `tolerance**(2/3)` of its own size: of the largest
-      it has been, or would have been at the start if the rows' pulls had random signs. So the
-      units of a parameter do not matter;
-    - no step lowers the value by more than `tolerance` of itself, says the quadratic that has
-      the gradient and the curvature found here. Conjugate gradients look for that step, as far
-      as 100 products with the Hessian matrix go;
-    - the curvature is nowhere negative, in as many products from a random direction. A start
-      where the gradient is exactly 0 must have some curvature too, or the value 0: a plateau of
-      a redescending loss, or a network of zeros, is at rest but no minimum.
+    - the value changed by at most `tolerance` times itself in the last step (in the last epoch,
+      with mini-batches). If the value is below `tolerance` times the value at the start, that
+      product takes its place;
+    - each entry of the gradient is at most `tolerance**(2/3)` times the entry's scale. The scale is
+      the largest magnitude that the entry has had, or would have had at the start if the influences
+      of the rows had random signs. So the units of a parameter do not matter;
+    - the quadratic model made of the gradient and the Hessian matrix has no step that lowers the
+      value by more than `tolerance` times itself. Conjugate gradients search for such a step, with
+      at most 100 products with the Hessian matrix;
+    - the same search from a random direction, with as many products, finds no negative curvature.
+      If the gradient at the start is exactly 0 and stays 0, the curvature must also differ from 0,
+      or the value be 0: a plateau of a redescending loss, or a network whose weights are all 0, is
+      a stationary point but no minimum.
 
-    It also stops, unconverged, where a value is not finite. The gradient of `absolute_error`
+    The fit also stops, unconverged, where a value is not finite. The gradient of `absolute_error`
     jumps at its minimum instead of getting small, so such a fit is not reported as converged
-    unless the minimum is flat. Nor is a fit under weight decay, such as `optax.adamw`: it comes
-    to rest where the mean loss still has a gradient, at the minimum of another function than the
-    one that was given. Where a model cannot be differentiated twice, the last two are left out.
+    unless the minimum is flat. A fit under weight decay, such as `optax.adamw`, is not reported as
+    converged either: it comes to rest at the minimum of the loss plus a penalty, where the gradient
+    of the mean loss is not 0. Where a model cannot be differentiated twice, the last two conditions
+    are left out.
 
     Args:
         loss: an elementwise function of the residual, such as `rl.huber`.
         model: `model(params, inputs) -> predictions`, of the targets' shape.
-        params: where to start, a pytree of floating arrays.
-        inputs: what the model takes: a pytree of arrays whose first axis counts the rows.
+        params: the start, a pytree of floating arrays.
+        inputs: the second argument of the model, a pytree of arrays whose first axis counts the
+            rows.
         targets: real numbers; the first axis counts the rows.
         optimizer: any optax transformation, `optax.lbfgs` with its line search included.
-        steps: the most steps to take.
-        tolerance: see above; by default 1e-12 in float64 and 1e-6 in float32. 0 takes all
-            steps, unless the gradient becomes 0.
-        where: booleans that broadcast to the targets; rows of which nothing is kept may hold
-            anything, in inputs and targets.
+        steps: the largest number of steps.
+        tolerance: a number >= 0, used as described above; by default 1e-12 in float64 and 1e-6 in
+            float32. With 0, all steps are taken unless the gradient becomes 0.
+        where: booleans that broadcast to the targets; True keeps an entry. Rows of which nothing is
+            kept may hold anything in inputs and targets, NaN included.
         weights: finite numbers >= 0 that broadcast to the targets; only their ratios count.
-        batch_size: rows per step, drawn without replacement in each epoch; None takes all.
-            The gradient of a batch is, on average over batches, that of all rows.
+        batch_size: rows per step, drawn without replacement in each epoch; None takes all rows
+            in every step. The mean of the batches' gradients is the gradient of all rows.
         key: a `jax.random.key`, needed with `batch_size`.
 
     Returns:
@@ -124,8 +143,10 @@ def fit(
 
     Raises:
         ValueError: no steps, a negative tolerance, a batch size outside [1, rows], a missing
-            key, rows that do not agree, or predictions of another shape than the targets.
-        TypeError: parameters or data that are not real numbers, an optimizer that is none.
+            key, inputs and targets with different numbers of rows, or predictions of another shape
+            than the targets.
+        TypeError: parameters or data that are not real numbers, or an optimizer that is not an
+            optax transformation.
 
     >>> x = jnp.arange(8.0)
     >>> y = (2 * x + 1).at[3].set(99.0)
@@ -137,30 +158,18 @@ def fit(
     1.99 x + 1.19, True
     """
     check_loss(loss)
-    if not all(callable(getattr(optimizer, part, None)) for part in ("init", "update")):
-        kind = type(optimizer).__name__
-        raise TypeError(f"optimizer must be an optax GradientTransformation, got {kind}")
+    _check_optimizer(optimizer)
     targets = real_array("targets", targets)
-    params = jax.tree_util.tree_map_with_path(_floating, params)
-    leaves = jax.tree.leaves(params)
-    if not sum(leaf.size for leaf in leaves):
-        raise ValueError("params must hold at least one number, got none")
-    inputs = jax.tree.map(partial(_rows, len(targets) if targets.ndim else None), inputs)
+    params = _checked_params(params)
+    inputs = jax.tree.map(partial(_input_array, len(targets) if targets.ndim else None), inputs)
     if targets.size == 0:
         raise ValueError(f"targets must have at least one row, got shape {targets.shape}")
-    try:
-        steps = operator.index(steps)
-    except TypeError:
-        raise TypeError(f"steps must be an integer, got {steps!r}") from None
-    if steps < 1:
-        raise ValueError(f"steps must be >= 1, got {steps}")
-    if tolerance is None:
-        tolerance = 1e-12 if _widest(leaves) == jnp.float64 else 1e-6
-    if not isinstance(tolerance, jax.core.Tracer) and not tolerance >= 0:
-        raise ValueError(f"tolerance must be >= 0, got {tolerance}")
+    steps = _checked_steps(steps)
+    tolerance = _checked_tolerance(tolerance, _working_dtype(params))
     keep = None if where is None else mask(where, targets.shape)
-    w = None if weights is None else _weights(weights, targets.shape, where)
-    # Told here, where delta is still a number and the shapes can be named.
+    w = None if weights is None else _normalised_weights(weights, targets.shape, where)
+    # The loss and the model are traced once before `jit`, because an error can name the value of
+    # delta and the shapes only here.
     jax.eval_shape(lambda: mean(loss, _predictions(model, params, inputs, targets.shape), targets))
     loss = with_leaves(loss)
     model = with_leaves(model, jax.Array, np.ndarray)
@@ -179,283 +188,370 @@ def _fit(
     keep: Array | None, weights: Array | None, tolerance: Array, key: Array | None,
 ) -> Fit:  # fmt: skip
     if keep is not None:
-        # A dropped row becomes a copy of a kept one, lest a NaN in it reach the gradient.
-        kept = jnp.any(keep.reshape(len(keep), -1), axis=1)
-        index = jnp.where(kept, jnp.arange(len(kept)), jnp.argmax(kept))
-        inputs = jax.tree.map(lambda x: jnp.where(jnp.any(kept), x[index], 0), inputs)
+        # A dropped row becomes a copy of a kept one, so that a NaN in a dropped row cannot reach
+        # the gradient.
+        row_kept = jnp.any(keep.reshape(len(keep), -1), axis=1)
+        index = jnp.where(row_kept, jnp.arange(len(row_kept)), jnp.argmax(row_kept))
+        inputs = jax.tree.map(lambda x: jnp.where(jnp.any(row_kept), x[index], 0), inputs)
 
-    wide = _widest(jax.tree.leaves(params))
-    weights = None if weights is None else weights.astype(wide)
-    size = jnp.asarray(targets.size, wide) if keep is None else jnp.sum(keep, dtype=wide)
-    size = size if weights is None else jnp.sum(weights, dtype=wide)
+    dtype = _working_dtype(params)
+    weights = None if weights is None else weights.astype(dtype)
+    size = jnp.asarray(targets.size, dtype) if keep is None else jnp.sum(keep, dtype=dtype)
+    size = size if weights is None else jnp.sum(weights, dtype=dtype)
 
     def objective(params: Params, loss: Callable[..., Array] = loss) -> Array:
-        predictions, y = model(params, inputs).astype(wide), targets.astype(wide)
-        return mean(loss, predictions, y, where=keep, weights=weights).astype(wide)
+        predictions, y = model(params, inputs).astype(dtype), targets.astype(dtype)
+        return mean(loss, predictions, y, where=keep, weights=weights).astype(dtype)
 
-    def with_signs(key: Array) -> Array:
-        signs = jax.random.rademacher(key, targets.shape, wide)
+    def random_sign_gradient(key: Array) -> Array:
+        signs = jax.random.rademacher(key, targets.shape, dtype)
         gradient = jax.grad(objective)(params, lambda r: signs.astype(r.dtype) * loss(r))
-        return jnp.abs(_flat(gradient, wide))
+        return jnp.abs(_ravelled(gradient, dtype))
 
-    def of_batch(params: Params, take: Array, real: Array) -> Array:
-        x, y, k, w = jax.tree.map(lambda leaf: leaf[take], (inputs, targets, keep, weights))
-        here = jnp.broadcast_to(jnp.expand_dims(real, range(1, y.ndim)), y.shape)
-        k = here if k is None else here & k
-        predictions, y = model(params, x).astype(wide), y.astype(wide)
-        share = jnp.sum(real) / len(targets)
-        summed = total(loss, predictions, y, where=k, weights=w).astype(wide)
-        return summed / (share * jnp.where(size > 0, size, 1)).astype(wide)
+    def batch_objective(params: Params, rows: Array, in_batch: Array) -> Array:
+        x, y, k, w = jax.tree.map(lambda leaf: leaf[rows], (inputs, targets, keep, weights))
+        present = jnp.broadcast_to(jnp.expand_dims(in_batch, range(1, y.ndim)), y.shape)
+        k = present if k is None else present & k
+        predictions, y = model(params, x).astype(dtype), y.astype(dtype)
+        fraction = jnp.sum(in_batch) / len(targets)
+        batch_total = total(loss, predictions, y, where=k, weights=w).astype(dtype)
+        return batch_total / (fraction * jnp.where(size > 0, size, 1)).astype(dtype)
 
     value, gradient = jax.value_and_grad(objective)(params)
-    typical = jnp.max(lax.map(with_signs, jax.random.split(jax.random.key(0), _SIGNS)), axis=0)
-    tests = _Tests(objective, jnp.asarray(tolerance, wide), value, typical)
+    keys = jax.random.split(jax.random.key(0), _SIGN_DRAWS)
+    typical_gradient = jnp.max(lax.map(random_sign_gradient, keys), axis=0)
+    criteria = _Criteria(objective, jnp.asarray(tolerance, dtype), value, typical_gradient)
     history = jnp.full(steps + 1, value)
     start = _State(
         params, value, gradient, optimizer.init(params), jnp.asarray(0, jnp.int32), history
     )
     if batch_size is None or key is None:
-        turn = _step(objective, optimizer)
+        iteration = _full_step(objective, optimizer)
     else:
-        turn = _epoch(objective, of_batch, optimizer, steps, len(targets), batch_size, key)
-    return _descend(turn, tests, start, steps)
+        iteration = _epoch(
+            objective, batch_objective, optimizer, steps, len(targets), batch_size, key
+        )
+    return _minimise(iteration, criteria, start, steps)
 
 
 class _State(NamedTuple):
-    """Where a fit is after `k` steps."""
+    """A fit after some steps."""
 
     params: Params
     value: Array
+    """The objective over all rows at `params`, a scalar."""
     gradient: Params
-    optimizer: Any
-    k: Array
+    """The gradient of the objective over all rows at `params`, a pytree like `params`."""
+    optimizer_state: Any
+    steps: Array
+    """The number of steps taken, a scalar int32."""
     history: Array
+    """The objective before each step taken, (the largest number of steps + 1,)."""
 
 
-Turn = Callable[[_State], _State]
+Iteration = Callable[[_State], _State]
+"""One step on all rows, or one epoch of mini-batch steps."""
 
 
-class _Carry(NamedTuple):
-    """What a fit takes from turn to turn."""
+class _Progress(NamedTuple):
+    """The variables of the loop over iterations.
+
+    All but `state` and `gradient_scale` are scalars.
+    """
 
     state: _State
-    pulls: Array  # the largest that each entry of the gradient has been
-    looks: Array  # whether this seems to be a minimum, of which the curvature has the say
-    next: Array  # from which step on it is looked at again
+    gradient_scale: Array
+    """The largest magnitude that each entry of the gradient has had, (parameters,)."""
+    stationary: Array
+    """Whether the value and the gradient have settled, so that the curvature is to be tested."""
+    next_test: Array
+    """The number of steps before which the curvature is not tested again."""
     converged: Array
     ended: Array
 
 
-def _descend(turn: Turn, tests: _Tests, start: _State, steps: int) -> Fit:
-    """Takes turns until the fit is at rest, out of steps or no longer finite."""
+def _minimise(iteration: Iteration, criteria: _Criteria, start: _State, steps: int) -> Fit:
+    """Iterates until the fit has converged, is out of steps or has a value that is not finite."""
 
-    def take(carry: _Carry) -> _Carry:
-        before = carry.state
-        after = turn(before)
-        pulls = jnp.maximum(carry.pulls, tests.sizes(after.gradient))
-        out_of_steps = after.k >= steps
-        looks = tests.at_rest(before.value, after.value, after.gradient, pulls)
-        looks &= (after.k >= carry.next) | out_of_steps
+    def iterate(progress: _Progress) -> _Progress:
+        before = progress.state
+        after = iteration(before)
+        scale = jnp.maximum(progress.gradient_scale, criteria.magnitudes(after.gradient))
+        out_of_steps = after.steps >= steps
+        stationary = criteria.is_stationary(before.value, after.value, after.gradient, scale)
+        stationary &= (after.steps >= progress.next_test) | out_of_steps
         ended = out_of_steps | ~jnp.isfinite(after.value)
-        return carry._replace(state=after, pulls=pulls, looks=looks, ended=ended)
-
-    def look(carry: _Carry) -> _Carry:
-        at = carry.state
-        converged = tests.at_minimum(carry.looks, at.params, at.value, at.gradient, carry.pulls)
-        # To look costs as much as many steps; what is no minimum is not soon one.
-        later = jnp.where(carry.looks, at.k + at.k // 4 + 1, carry.next)
-        seen = carry._replace(
-            looks=jnp.zeros_like(carry.looks),
-            next=later,
-            converged=converged,
-            ended=carry.ended | converged,
+        return progress._replace(
+            state=after, gradient_scale=scale, stationary=stationary, ended=ended
         )
-        return lax.while_loop(lambda carry: ~(carry.looks | carry.ended), take, seen)
 
-    pulls, finite = tests.sizes(start.gradient), jnp.isfinite(start.value)
-    flat = (jnp.max(pulls) == 0) & finite
-    first = _Carry(start, pulls, flat, jnp.zeros_like(start.k), jnp.zeros_like(flat), ~finite)
-    last = lax.while_loop(lambda carry: carry.looks | ~carry.ended, look, first)
+    def test_and_iterate(progress: _Progress) -> _Progress:
+        at = progress.state
+        converged = criteria.is_minimum(
+            progress.stationary, at.params, at.value, at.gradient, progress.gradient_scale
+        )
+        # The test of the curvature costs as much as many steps, and a point that is no minimum is
+        # rarely followed by one soon. So the next test comes after a quarter more steps.
+        next_test = jnp.where(progress.stationary, at.steps + at.steps // 4 + 1, progress.next_test)
+        tested = progress._replace(
+            stationary=jnp.zeros_like(progress.stationary),
+            next_test=next_test,
+            converged=converged,
+            ended=progress.ended | converged,
+        )
+        return lax.while_loop(lambda p: ~(p.stationary | p.ended), iterate, tested)
+
+    scale, finite = criteria.magnitudes(start.gradient), jnp.isfinite(start.value)
+    stationary = (jnp.max(scale) == 0) & finite
+    first = _Progress(
+        start, scale, stationary, jnp.zeros_like(start.steps), jnp.zeros_like(stationary), ~finite
+    )
+    last = lax.while_loop(lambda p: p.stationary | ~p.ended, test_and_iterate, first)
     end = last.state
-    history = jnp.where(jnp.arange(steps + 1) < end.k, end.history, end.value)
-    return Fit(end.params, end.value, end.k, last.converged, history)
+    history = jnp.where(jnp.arange(steps + 1) < end.steps, end.history, end.value)
+    return Fit(end.params, end.value, end.steps, last.converged, history)
 
 
-def _step(objective: Objective, optimizer: Any) -> Turn:
+def _full_step(objective: Objective, optimizer: Any) -> Iteration:
     """One step on all rows."""
 
     def step(at: _State) -> _State:
-        params, state = _update(
-            optimizer, objective, at.params, at.value, at.gradient, at.optimizer
+        params, optimizer_state = _updated(
+            optimizer, objective, at.params, at.value, at.gradient, at.optimizer_state
         )
-        value, gradient = _value_and_grad(objective, params, state)
-        history = at.history.at[at.k].set(at.value)
-        return _State(params, value, gradient, state, at.k + 1, history)
+        value, gradient = _value_and_grad(objective, params, optimizer_state)
+        history = at.history.at[at.steps].set(at.value)
+        return _State(params, value, gradient, optimizer_state, at.steps + 1, history)
 
     return step
 
 
 def _epoch(
-    objective: Objective, of_batch: Callable[..., Array], optimizer: Any, steps: int,
+    objective: Objective, batch_objective: Callable[..., Array], optimizer: Any, steps: int,
     rows: int, batch_size: int, key: Array,
-) -> Turn:  # fmt: skip
-    """Steps on batches that together are all rows, in an order of its own."""
+) -> Iteration:  # fmt: skip
+    """One step on each of the batches that the rows fall into, in a new random order."""
     batches = -(-rows // batch_size)
 
     def epoch(at: _State) -> _State:
-        order = jax.random.permutation(jax.random.fold_in(key, at.k), rows)
+        order = jax.random.permutation(jax.random.fold_in(key, at.steps), rows)
         order = jnp.resize(order, (batches * batch_size,))  # the last batch may be a short one
 
         def step(i: Array, carry: Any) -> Any:
-            params, state, history = carry
+            params, optimizer_state, history = carry
             first = i * batch_size
-            take = lax.dynamic_slice(order, (first,), (batch_size,))
-            batch = partial(of_batch, take=take, real=first + jnp.arange(batch_size) < rows)
+            batch_rows = lax.dynamic_slice(order, (first,), (batch_size,))
+            in_batch = first + jnp.arange(batch_size) < rows
+            batch = partial(batch_objective, rows=batch_rows, in_batch=in_batch)
             value, gradient = jax.value_and_grad(batch)(params)
-            params, state = _update(optimizer, batch, params, value, gradient, state)
-            return params, state, history.at[at.k + i].set(value)
+            params, optimizer_state = _updated(
+                optimizer, batch, params, value, gradient, optimizer_state
+            )
+            return params, optimizer_state, history.at[at.steps + i].set(value)
 
-        taken = jnp.minimum(batches, steps - at.k)
-        start = (at.params, at.optimizer, at.history)
-        params, state, history = lax.fori_loop(0, taken, step, start)
+        taken = jnp.minimum(batches, steps - at.steps)
+        start = (at.params, at.optimizer_state, at.history)
+        params, optimizer_state, history = lax.fori_loop(0, taken, step, start)
         value, gradient = jax.value_and_grad(objective)(params)
-        return _State(params, value, gradient, state, at.k + taken, history)
+        return _State(params, value, gradient, optimizer_state, at.steps + taken, history)
 
     return epoch
 
 
-class _Tests(NamedTuple):
-    """The tests of `fit`'s docstring."""
+class _Criteria(NamedTuple):
+    """The conditions of convergence of `fit`'s docstring."""
 
     objective: Objective
     tolerance: Array
-    first: Array  # the value at the start
-    typical: Array  # the gradient's entries there, had the rows' pulls random signs
+    initial_value: Array
+    """The objective at the start, a scalar."""
+    typical_gradient: Array
+    """The magnitude that each entry of the gradient would have at the start if the influences of
+    the rows had random signs, (parameters,)."""
 
-    def sizes(self, gradient: Params) -> Array:
-        return jnp.abs(_flat(gradient, self.first.dtype))
+    def magnitudes(self, gradient: Params) -> Array:
+        return jnp.abs(_ravelled(gradient, self.initial_value.dtype))
 
-    def size(self, value: Array) -> Array:
-        # Below tolerance * first, a fit is perfect to rounding and its value mere noise.
-        return jnp.maximum(jnp.abs(value), self.tolerance * jnp.abs(self.first))
+    def value_scale(self, value: Array) -> Array:
+        """The number that changes of the value are compared with."""
+        # Below tolerance times the initial value, a fit is perfect to rounding and its value noise.
+        return jnp.maximum(jnp.abs(value), self.tolerance * jnp.abs(self.initial_value))
 
-    def at_rest(self, before: Array, value: Array, gradient: Params, pulls: Array) -> Array:
-        still = jnp.abs(value - before) <= self.tolerance * self.size(value)
-        limit = self.tolerance ** (2 / 3) * jnp.maximum(pulls, self.typical)
-        return still & jnp.all(self.sizes(gradient) <= limit) & jnp.isfinite(value)
-
-    def at_minimum(
-        self, looks: Array, params: Params, value: Array, gradient: Params, pulls: Array
+    def is_stationary(
+        self, value_before: Array, value: Array, gradient: Params, gradient_scale: Array
     ) -> Array:
-        """Whether the curvature allows that this be a minimum; False unless it `looks`."""
-        wide = self.first.dtype
-        slope = _flat(gradient, wide)
-        eps = float(jnp.finfo(_narrowest(jax.tree.leaves(params))).eps)
-        unit = jnp.maximum(pulls, self.typical)
-        some = jnp.where(jnp.max(unit) > 0, jnp.max(unit), 1)
-        noise = 8 * eps * jnp.where(unit > 0, unit, some)
-        scale = 1 / jnp.where(unit > 0, unit, some)  # so that a parameter's unit has no say
+        """Whether the value and the gradient have settled: the first two conditions."""
+        settled = jnp.abs(value - value_before) <= self.tolerance * self.value_scale(value)
+        limit = self.tolerance ** (2 / 3) * jnp.maximum(gradient_scale, self.typical_gradient)
+        return settled & jnp.all(self.magnitudes(gradient) <= limit) & jnp.isfinite(value)
 
-        def bend(v: Array) -> Array:
-            _, along = jax.jvp(jax.grad(self.objective), (params,), (_like(params, scale * v),))
-            return scale * _flat(along, wide)
+    def is_minimum(
+        self,
+        stationary: Array,
+        params: Params,
+        value: Array,
+        gradient: Params,
+        gradient_scale: Array,
+    ) -> Array:
+        """Whether the curvature is that of a minimum: the last two conditions.
 
+        False where `stationary` is False, without any product with the Hessian matrix.
+        """
+        dtype = self.initial_value.dtype
+        slope = _ravelled(gradient, dtype)
+        eps = float(jnp.finfo(_coarsest_dtype(jax.tree.leaves(params))).eps)
+        scale = self._positive_scale(gradient_scale)
+        rounding_error = _GRADIENT_ROUNDING * eps * scale
+        unit = 1 / scale  # of the parameters, so that the units of a parameter do not matter
+        hessian_product = self._hessian_product(params, unit)
+        had_gradient = jnp.max(gradient_scale) > 0
         try:
-            jax.eval_shape(bend, scale)
+            jax.eval_shape(hessian_product, unit)
         except (TypeError, ValueError, NotImplementedError):
             # A model that JAX cannot differentiate twice, such as one with a `custom_vjp`, has no
             # curvature to test; the docstring of `fit` says so.
-            return looks & ((jnp.max(pulls) > 0) | (value == 0))
-        signs = jax.random.rademacher(jax.random.key(1), slope.shape, wide)
-        by_slope, by_signs = jnp.stack([scale * slope, signs])
-        enough = self.tolerance * self.size(value)
-        gain, least, _ = _conjugate(bend, by_slope, looks, scale * noise, enough, eps)
-        _, below, most = _conjugate(bend, by_signs, looks, 0 * noise, jnp.inf, eps)
-        convex = (jnp.minimum(least, below) >= 0) & (gain <= enough)
-        # At rest from the start, it takes more than that.
-        return looks & convex & ((jnp.max(pulls) > 0) | (value == 0) | (most > 0))
+            return stationary & (had_gradient | (value == 0))
+        signs = jax.random.rademacher(jax.random.key(1), slope.shape, dtype)
+        scaled_gradient, random_direction = jnp.stack([unit * slope, signs])
+        tolerated = self.tolerance * self.value_scale(value)
+        model = _conjugate_gradients(
+            hessian_product, scaled_gradient, stationary, unit * rounding_error, tolerated, eps
+        )
+        random = _conjugate_gradients(
+            hessian_product, random_direction, stationary, 0 * rounding_error, jnp.inf, eps
+        )
+        convex = jnp.minimum(model.least_curvature, random.least_curvature) >= 0
+        # A start where the gradient is 0 may be a plateau, which has no curvature at all.
+        no_plateau = had_gradient | (value == 0) | (random.largest_curvature > 0)
+        return stationary & (convex & (model.decrease <= tolerated)) & no_plateau
+
+    def _positive_scale(self, gradient_scale: Array) -> Array:
+        """The scale of each entry of the gradient; where it is 0, the largest of the entries'."""
+        scale = jnp.maximum(gradient_scale, self.typical_gradient)
+        largest = jnp.max(scale)
+        return jnp.where(scale > 0, scale, jnp.where(largest > 0, largest, 1))
+
+    def _hessian_product(self, params: Params, unit: Array) -> Callable[[Array], Array]:
+        """The product of the Hessian matrix with a vector, for parameters in these units."""
+
+        def product(v: Array) -> Array:
+            direction = _unravelled(params, unit * v)
+            _, derivative = jax.jvp(jax.grad(self.objective), (params,), (direction,))
+            return unit * _ravelled(derivative, self.initial_value.dtype)
+
+        return product
 
 
-def _conjugate(
-    bend: Callable[[Array], Array], b: Array, looks: Array, noise: Array, enough: Any, eps: float
-) -> tuple[Array, Array, Array]:
-    """What minimising `v H v / 2 - b v` gains by conjugate gradients, at least.
+class _QuadraticModel(NamedTuple):
+    """The result of `_conjugate_gradients` for `v H v / 2 - b v`. All fields are scalars."""
 
-    With the least and the greatest curvature met on the way, the least as -1 if it is negative
-    beyond rounding, else 0. It ends where b is rounding, where the gain is more than `enough`,
-    or where the curvature ends; if b has not, the gain is infinite. NaN shows in all of them.
+    decrease: Array
+    """A lower bound of how far its minimum is below 0; infinite if it has no minimum."""
+    least_curvature: Array
+    """-1 if the curvature was negative in some direction, beyond rounding, else 0."""
+    largest_curvature: Array
+    """The largest magnitude of the curvature in the directions searched."""
+
+
+def _conjugate_gradients(
+    hessian_product: Callable[[Array], Array], b: Array, needed: Array, rounding_error: Array,
+    tolerated: Any, eps: float,
+) -> _QuadraticModel:  # fmt: skip
+    """Minimises `v H v / 2 - b v` over v, unless not `needed`.
+
+    The search ends where the residual `b - H v` is at most `rounding_error`, where the decrease is
+    more than `tolerated`, or where a direction has no curvature. In such a direction the decrease
+    is infinite. A NaN appears in all results.
     """
-    flat = eps**0.5
+    # A quotient of rounded numbers may be as negative as this, relative to the largest curvature.
+    curvature_error = eps**0.5
 
     def step(state: Any) -> Any:
-        r, p, gain, least, most, k, _ = state
-        along = bend(p)
-        curvature, length = jnp.vdot(p, along), jnp.vdot(p, p)
-        bent = curvature / length
-        most = jnp.maximum(most, jnp.abs(bent))
-        negative = bent < -flat * most
-        none = ~(bent > eps * most)
-        alpha = jnp.vdot(r, r) / jnp.where(none, 1, curvature)
-        gain = jnp.where(none, jnp.inf, gain + 0.5 * alpha * jnp.vdot(r, r))
-        rest = r - alpha * along
-        beta = jnp.vdot(rest, rest) / jnp.vdot(r, r)
-        least = jnp.where(negative | jnp.isnan(bent), -1, least)
-        done = none | (gain > enough) | jnp.all(jnp.abs(rest) <= noise)
-        return rest, rest + beta * p, gain, least, most, k + 1, done
+        residual, direction, decrease, least, largest, products, _ = state
+        product = hessian_product(direction)
+        quadratic_form, squared_length = (
+            jnp.vdot(direction, product),
+            jnp.vdot(direction, direction),
+        )
+        curvature = quadratic_form / squared_length
+        largest = jnp.maximum(largest, jnp.abs(curvature))
+        negative = curvature < -curvature_error * largest
+        no_curvature = ~(curvature > eps * largest)
+        length = jnp.vdot(residual, residual) / jnp.where(no_curvature, 1, quadratic_form)
+        decrease = jnp.where(
+            no_curvature, jnp.inf, decrease + 0.5 * length * jnp.vdot(residual, residual)
+        )
+        new_residual = residual - length * product
+        beta = jnp.vdot(new_residual, new_residual) / jnp.vdot(residual, residual)
+        least = jnp.where(negative | jnp.isnan(curvature), -1, least)
+        solved = jnp.all(jnp.abs(new_residual) <= rounding_error)
+        done = no_curvature | (decrease > tolerated) | solved
+        new_direction = new_residual + beta * direction
+        return new_residual, new_direction, decrease, least, largest, products + 1, done
 
     zero = jnp.zeros_like(b, shape=())
-    done = ~looks | jnp.all(jnp.abs(b) <= noise)
+    done = ~needed | jnp.all(jnp.abs(b) <= rounding_error)
     start = b, b, zero, zero, zero, jnp.asarray(0, jnp.int32), done
-    limit = min(2 * b.size, _PRODUCTS)
-    _, _, gain, least, most, _, _ = lax.while_loop(
+    limit = min(2 * b.size, _MAX_HESSIAN_PRODUCTS)
+    _, _, decrease, least, largest, _, _ = lax.while_loop(
         lambda state: ~state[-1] & (state[-2] < limit), step, start
     )
-    return gain, least, most
+    return _QuadraticModel(decrease, least, largest)
 
 
-_SIGNS = 3
-_PRODUCTS = 100
+def _updated(
+    optimizer: Any, objective: Objective, params: Params, value: Array, gradient: Params,
+    optimizer_state: Any,
+) -> tuple[Params, Any]:  # fmt: skip
+    """The parameters and the optimizer's state after one step."""
+    import optax  # noqa: PLC0415  (so that `import robustloss` takes no longer than `import jax`)
 
-
-def _update(
-    optimizer: Any, objective: Objective, params: Params, value: Array, gradient: Params, state: Any
-) -> tuple[Params, Any]:
-    import optax  # noqa: PLC0415  (`import robustloss` stays as quick as `import jax`)
-
-    updates, state = optax.with_extra_args_support(optimizer).update(
-        gradient, state, params, value=value, grad=gradient, value_fn=objective
+    updates, optimizer_state = optax.with_extra_args_support(optimizer).update(
+        gradient, optimizer_state, params, value=value, grad=gradient, value_fn=objective
     )
-    return optax.apply_updates(params, updates), state
+    return optax.apply_updates(params, updates), optimizer_state
 
 
-def _value_and_grad(objective: Objective, params: Params, state: Any) -> tuple[Array, Params]:
-    """At the new params; a line search that came last in the optimizer has them already."""
+def _value_and_grad(
+    objective: Objective, params: Params, optimizer_state: Any
+) -> tuple[Array, Params]:
+    """The value and the gradient at the new parameters.
+
+    If the last transformation of the optimizer is a line search, its state already holds both.
+    """
     import optax  # noqa: PLC0415
 
-    searched = (optax.ScaleByZoomLinesearchState, optax.ScaleByBacktrackingLinesearchState)
-    last = state[-1] if isinstance(state, tuple) and state else None
-    if isinstance(last, searched) and last.grad is not None:
+    line_searches = (optax.ScaleByZoomLinesearchState, optax.ScaleByBacktrackingLinesearchState)
+    chained = isinstance(optimizer_state, tuple) and optimizer_state
+    last = optimizer_state[-1] if chained else None
+    if isinstance(last, line_searches) and last.grad is not None:
         return optax.value_and_grad_from_state(objective)(params, state=last)
     return jax.value_and_grad(objective)(params)
 
 
-def _widest(leaves: list[Array]) -> jnp.dtype:
-    """The type to compute in: the widest of the parameters', at least float32."""
-    return max((at_least_float32(x.dtype) for x in leaves), key=lambda dtype: dtype.itemsize)
+# Parameters as one vector.
 
 
-def _narrowest(leaves: list[Array]) -> jnp.dtype:
+def _working_dtype(params: Params) -> jnp.dtype:
+    """The type to compute in: the widest type of the parameters, at least float32."""
+    dtypes = (at_least_float32(leaf.dtype) for leaf in jax.tree.leaves(params))
+    return max(dtypes, key=lambda dtype: dtype.itemsize)
+
+
+def _coarsest_dtype(leaves: list[Array]) -> jnp.dtype:
+    """The type of the parameters with the largest rounding error."""
     return max((x.dtype for x in leaves), key=lambda dtype: float(jnp.finfo(dtype).eps))
 
 
-def _flat(tree: Params, dtype: Any) -> Array:
+def _ravelled(tree: Params, dtype: Any) -> Array:
+    """The entries of all leaves as one vector."""
     return jnp.concatenate([leaf.reshape(-1).astype(dtype) for leaf in jax.tree.leaves(tree)])
 
 
-def _like(tree: Params, flat: Array) -> Params:
-    """The inverse of `_flat`."""
+def _unravelled(tree: Params, vector: Array) -> Params:
+    """The inverse of `_ravelled`: the vector as a pytree like `tree`."""
     leaves, structure = jax.tree.flatten(tree)
-    parts = jnp.split(flat, np.cumsum([leaf.size for leaf in leaves])[:-1])
+    parts = jnp.split(vector, np.cumsum([leaf.size for leaf in leaves])[:-1])
     shaped = [
         part.reshape(leaf.shape).astype(leaf.dtype)
         for part, leaf in zip(parts, leaves, strict=True)
@@ -463,8 +559,45 @@ def _like(tree: Params, flat: Array) -> Params:
     return jax.tree.unflatten(structure, shaped)
 
 
-def _weights(weights: ArrayLike, shape: tuple[int, ...], where: ArrayLike | None) -> Array:
-    """The largest of them between 1 and 4."""
+# Arguments.
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if not all(callable(getattr(optimizer, name, None)) for name in ("init", "update")):
+        kind = type(optimizer).__name__
+        raise TypeError(f"optimizer must be an optax GradientTransformation, got {kind}")
+
+
+def _checked_params(params: Params) -> Params:
+    params = jax.tree_util.tree_map_with_path(_floating_array, params)
+    if not sum(leaf.size for leaf in jax.tree.leaves(params)):
+        raise ValueError("params must hold at least one number, got none")
+    return params
+
+
+def _checked_steps(steps: int) -> int:
+    try:
+        steps = operator.index(steps)
+    except TypeError:
+        raise TypeError(f"steps must be an integer, got {steps!r}") from None
+    if steps < 1:
+        raise ValueError(f"steps must be >= 1, got {steps}")
+    return steps
+
+
+def _checked_tolerance(tolerance: float | None, dtype: jnp.dtype) -> float:
+    if tolerance is None:
+        # Above the rounding error of the mean loss: 4500 eps in float64, 8 eps in float32.
+        return 1e-12 if dtype == jnp.float64 else 1e-6
+    if not isinstance(tolerance, jax.core.Tracer) and not tolerance >= 0:
+        raise ValueError(f"tolerance must be >= 0, got {tolerance}")
+    return tolerance
+
+
+def _normalised_weights(
+    weights: ArrayLike, shape: tuple[int, ...], where: ArrayLike | None
+) -> Array:
+    """The weights times a power of 2 that brings the largest of them between 1 and 4."""
     axes = tuple(range(len(shape)))
     return relative(ratios(weights, shape, where, axes)[0], axes)[0]
 
@@ -504,25 +637,27 @@ def _check_batches(
             )
 
 
-def _floating(path: Any, x: ArrayLike) -> Array:
+def _floating_array(path: Any, x: ArrayLike) -> Array:
+    """A leaf of the parameters, with JAX's own type."""
     name = "params" + jax.tree_util.keystr(path)
     if not isinstance(x, float | jax.Array | np.ndarray | np.generic) and not hasattr(x, "dtype"):
         hint = ""
         if callable(x) or isinstance(x, bool | int | str):
             hint = (
-                "; what is not trained belongs in the model: of an Equinox module, "
+                "; constants that are not trained belong in the model. For an Equinox module, use "
                 "params, static = eqx.partition(module, eqx.is_inexact_array) and a model that "
                 "calls eqx.combine(params, static)"
             )
         raise TypeError(f"params must be floating arrays, got {type(x).__name__} at {name}{hint}")
     array = real_array(name, x)
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        at = f" at {name}" if path else ""
-        raise TypeError(f"params must be floating arrays, got dtype {array.dtype}{at}")
+        place = f" at {name}" if path else ""
+        raise TypeError(f"params must be floating arrays, got dtype {array.dtype}{place}")
     return lax.convert_element_type(array, array.dtype)
 
 
-def _rows(rows: int | None, x: Any) -> Array:
+def _input_array(rows: int | None, x: Any) -> Array:
+    """A leaf of the inputs, whose first axis must count the rows (None: the targets are scalar)."""
     if isinstance(x, jax.Array):
         array = x
     else:

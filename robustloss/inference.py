@@ -22,10 +22,10 @@ from robustloss._regression import (
     Estimate,
     LossAtScale,
     Problem,
+    coefficient_basis,
     dependent_columns,
     gram,
-    raw_basis,
-    sums,
+    sum_over_rows,
 )
 from robustloss.scale import iqr
 from robustloss.views import curvature, influence
@@ -46,44 +46,46 @@ class Covariance(NamedTuple):
     """Whether the objective curves upwards in all directions, so that no other b is as good."""
 
 
-def huber_h1(of: Problem, loss: LossAtScale, found: Estimate) -> Covariance:
+def huber_h1(problem: Problem, loss: LossAtScale, found: Estimate) -> Covariance:
     """Huber's first form, `kappa**2 (sum psi**2 / (n - p)) / mean(psi')**2 (X'X)**-1`.
 
     kappa is `1 + p var(psi') / (n mean(psi')**2)`, with the sample variance, as `MASS::rlm`.
 
     Source: Huber (1981), Robust Statistics, equation 7.6.9.
     """
-    unit, n = counts(of)
-    here = loss(found.scale)
+    unit, n = counts(problem)
+    loss_at_s = loss(found.scale)
     # In units of the largest influence, whose square may be out of range.
-    psi = jnp.where(of.each() > 0, jnp.abs(influence(here, found.residuals)), 0)
+    psi = jnp.where(problem.row_weights() > 0, jnp.abs(influence(loss_at_s, found.residuals)), 0)
     largest = jnp.max(psi)
     largest = jnp.where(largest > 0, largest, 1)
 
-    def moments(q: Array, each: Array, r: Array) -> tuple[Array, ...]:
-        psi, bend = (jnp.where(each > 0, f(here, r), 0) for f in (influence, curvature))
+    def moments(q: Array, weights: Array, r: Array) -> tuple[Array, ...]:
+        psi, bends = (jnp.where(weights > 0, f(loss_at_s, r), 0) for f in (influence, curvature))
         psi = psi / largest
         # Only few rows can leave the fit undetermined; many are spared the second gram.
-        curvatures = jnp.eye(q.shape[1], dtype=q.dtype) if of.q is None else gram(q, each * bend)
+        curvatures = (
+            jnp.eye(q.shape[1], dtype=q.dtype) if problem.design is None else gram(q, weights * bends)
+        )
         # The first is the same gram as in least squares, where XLA sees both at once.
-        of_rows = joint_sums(*(each * x for x in (psi * psi, bend, bend * bend)))
-        return gram(q, each), curvatures, *of_rows
+        weighted = joint_sums(*(weights * x for x in (psi * psi, bends, bends * bends)))
+        return gram(q, weights), curvatures, *weighted
 
-    squares, curvatures, square, bend, bend2 = (
-        unit * x for x in sums(of, moments, found.residuals)
+    squares, curvatures, square, bends, square_bends = (
+        unit * x for x in sum_over_rows(problem, moments, found.residuals)
     )
-    mean = bend / n
-    variance = (bend2 - n * mean**2) / (n - 1)
-    kappa = 1 + of.rank * variance / (n * mean**2)
-    left = n - of.rank
-    square = square / jnp.where(left > 0, left, jnp.nan)
+    mean = bends / n
+    variance = (square_bends - n * mean**2) / (n - 1)
+    kappa = 1 + problem.rank * variance / (n * mean**2)
+    degrees = n - problem.rank
+    square = square / jnp.where(degrees > 0, degrees, jnp.nan)
     covariance = square * _inverse(squares, definite=True)
-    covariance = _in_units(of, covariance, largest * jnp.abs(kappa / mean))
-    return covariance._replace(definite=_definite(of, curvatures))
+    covariance = _in_units(problem, covariance, largest * jnp.abs(kappa / mean))
+    return covariance._replace(definite=_definite(problem, curvatures))
 
 
 def after_s(
-    of: Problem,
+    problem: Problem,
     loss: LossAtScale,
     chi: Callable[[Array], Array],
     half: ArrayLike,
@@ -99,33 +101,33 @@ def after_s(
 
     Source: Croux, Dhaene and Hoorelbeke (2003), Robust standard errors for robust estimators.
     """
-    unit, n = counts(of)
+    unit, n = counts(problem)
     s = start.scale
-    here = loss(s)
+    loss_at_s = loss(s)
     bound = chi(jnp.full((), jnp.inf, s.dtype))
 
-    def moments(q: Array, each: Array, r: Array, initial: Array) -> tuple[Array, ...]:
-        each = unit * each
+    def moments(q: Array, weights: Array, r: Array, initial: Array) -> tuple[Array, ...]:
+        weights = unit * weights
 
         def of_rows(f: Array) -> Array:
-            return jnp.where(each > 0, each * f, 0)
+            return jnp.where(weights > 0, weights * f, 0)
 
-        psi, bend, initial = influence(here, r) / s, curvature(here, r), initial / s
+        psi, bends, initial = influence(loss_at_s, r) / s, curvature(loss_at_s, r), initial / s
         level = chi(initial) / bound
         pull = influence(chi, initial) * initial / bound
         return (
-            gram(q, of_rows(bend)),
+            gram(q, of_rows(bends)),
             gram(q, of_rows(psi * psi)),
-            q.T @ of_rows(bend * (r / s)),
+            q.T @ of_rows(bends * (r / s)),
             q.T @ of_rows(psi * level),
             jnp.sum(of_rows(pull)),
             jnp.sum(of_rows(level**2 - half**2)),
         )
 
-    bends, squares, shift, together, pull, spread = sums(
-        of, moments, found.residuals, start.residuals
+    curvatures, squares, shift, together, pull, spread = sum_over_rows(
+        problem, moments, found.residuals, start.residuals
     )
-    inverse = _inverse(bends)
+    inverse = _inverse(curvatures)
     by_scale, both = inverse @ (shift * n / pull), inverse @ together
     known_scale = inverse @ squares @ inverse
     covariance = (
@@ -138,11 +140,11 @@ def after_s(
     kept = jnp.diagonal(covariance) != 0
     factor = lax.linalg.cholesky(covariance + jnp.diag(jnp.where(kept, 0, 1).astype(s.dtype)))
     positive = jnp.all(jnp.isfinite(factor))
-    covariance = _in_units(of, jnp.where(positive, covariance, known_scale), s)
-    return covariance._replace(definite=_definite(of, bends))
+    covariance = _in_units(problem, jnp.where(positive, covariance, known_scale), s)
+    return covariance._replace(definite=_definite(problem, curvatures))
 
 
-def powell(of: Problem, level: Array, residuals: Array) -> Covariance:
+def powell(problem: Problem, level: Array, residuals: Array) -> Covariance:
     """Powell's kernel sandwich of a quantile regression, `q (1 - q) D**-1 (X'X) D**-1`.
 
     D weighs each row by the density of its residual at 0, taken from those about it: a normal
@@ -150,48 +152,48 @@ def powell(of: Problem, level: Array, residuals: Array) -> Covariance:
 
     Source: Powell (1991); Koenker (2005), Quantile Regression, section 3.4.2.
     """
-    unit, n = counts(of)
+    unit, n = counts(problem)
     x = ndtri(level)
     z = normal.TWO_SIDED_95
     h = n ** (-1 / 3) * z ** (2 / 3) * (1.5 * _normal_density(x) ** 2 / (2 * x * x + 1)) ** (1 / 3)
     room = jnp.minimum(level, 1 - level)
     halvings = jnp.maximum(jnp.floor(jnp.log2(h / room)) + 1, 0)
     h = h * 0.5**halvings
-    each = unit * of.each()
-    mean = jnp.sum(each * residuals) / n
-    deviation = jnp.sqrt(jnp.sum(each * (residuals - mean) ** 2) / (n - 1))
-    quartiles = iqr(residuals, where=of.keep, weights=of.w) / normal.IQR
+    weights = unit * problem.row_weights()
+    mean = jnp.sum(weights * residuals) / n
+    deviation = jnp.sqrt(jnp.sum(weights * (residuals - mean) ** 2) / (n - 1))
+    quartiles = iqr(residuals, where=problem.where, weights=problem.weights) / normal.IQR
     spread = jnp.minimum(deviation, quartiles / 1.34)
     below, above = ndtri(level + h * jnp.asarray([-1, 1], h.dtype))
     width = (above - below) * spread
     wide = jnp.where(width > 0, width, 1)
 
-    def moments(q: Array, each: Array, r: Array) -> tuple[Array, Array]:
-        each = unit * each
-        return gram(q, each), gram(q, each * _normal_density(r / wide))
+    def moments(q: Array, weights: Array, r: Array) -> tuple[Array, Array]:
+        weights = unit * weights
+        return gram(q, weights), gram(q, weights * _normal_density(r / wide))
 
-    squares, density = sums(of, moments, residuals)
+    squares, density = sum_over_rows(problem, moments, residuals)
     inverse = _inverse(density, definite=True)
     covariance = level * (1 - level) * inverse @ squares @ inverse
-    return _in_units(of, covariance, jnp.where(width > 0, width, jnp.nan))
+    return _in_units(problem, covariance, jnp.where(width > 0, width, jnp.nan))
 
 
 def _normal_density(x: Array) -> Array:
     return jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
 
 
-def counts(of: Problem) -> tuple[Array, Array]:
+def counts(problem: Problem) -> tuple[Array, Array]:
     """What makes the weights add up to the number of observations; and this number."""
-    each = of.each()
-    total = jnp.sum(each)
-    n = total**2 / jnp.sum(each * each)
+    weights = problem.row_weights()
+    total = jnp.sum(weights)
+    n = total**2 / jnp.sum(weights * weights)
     return n / total, n
 
 
-def _definite(of: Problem, curvatures: Array) -> Array:
+def _definite(problem: Problem, curvatures: Array) -> Array:
     """Whether a sum of psi' q q' is positive definite beyond rounding, but for columns of 0."""
     diagonal = jnp.diagonal(curvatures)
-    empty = dependent_columns(of)
+    empty = dependent_columns(problem)
     unit = jnp.where(diagonal > 0, lax.rsqrt(jnp.where(diagonal > 0, diagonal, 1)), 1)
     scaled = unit[:, None] * curvatures * unit
     rounding = _DEFINITE * len(scaled) * jnp.finfo(scaled.dtype).eps
@@ -211,13 +213,13 @@ def _inverse(a: Array, *, definite: bool = False) -> Array:
     return jnp.where(kept[:, None] & kept, inverse, 0)
 
 
-def _in_units(of: Problem, covariance: Array, size: Array) -> Covariance:
+def _in_units(problem: Problem, covariance: Array, size: Array) -> Covariance:
     """The covariance of the coefficients, for `size**2 covariance` of b; NaN where not told."""
-    basis = raw_basis(of)
+    basis = coefficient_basis(problem)
     longest = jnp.max(jnp.abs(basis), axis=1)
     longest = jnp.where(longest > 0, longest, 1)
     basis = basis / longest[:, None]
     scaled = basis @ covariance @ basis.T
-    units = jnp.where(of.told, longest * (size * of.unit), jnp.nan)
+    units = jnp.where(problem.identifiable, longest * (size * problem.y_unit), jnp.nan)
     matrix = units[:, None] * scaled * units
     return Covariance(matrix, units * jnp.sqrt(jnp.diagonal(scaled)))

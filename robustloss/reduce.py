@@ -1,4 +1,4 @@
-"""From the losses of residuals to one number: masked, weighted, safe from NaN."""
+"""Means and totals of losses, with masks and weights."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def mean(
 ) -> Array:
     """The mean loss over the entries kept: `sum(w rho(r)) / sum(w)`.
 
-    What `where` drops may hold anything, NaN and infinity included: value and gradient are
-    those of the kept entries alone, because the residual is masked before the loss sees it.
-    A weight of 0 is not a mask: a NaN under it still shows. Nothing kept, or nothing but
-    weights of 0, gives 0 with a zero gradient. 16-bit types are summed in float32.
+    A dropped entry may hold anything, NaN and infinity included: value and gradient are those of
+    the kept entries alone, because the residual is masked before the loss is applied. A weight of
+    0 is not a mask: a NaN with the weight 0 makes the mean NaN. If nothing is kept, or all weights
+    are 0, the mean is 0 with a gradient of 0. 16-bit types are summed in float32.
 
     Args:
         loss: an elementwise function of the residual, such as `rl.huber`; other parameters
@@ -59,9 +59,9 @@ def mean(
         axis: the axis or axes to reduce; None reduces all.
 
     Returns:
-        A scalar, or an array of the axes that are left, in the dtype of the residual. It does
-        not overflow where n losses would in their sum; in exchange losses below 1e-38 n (in
-        float64 1e-308 n) count as 0.
+        A scalar, or an array of the axes that are left, in the dtype of the residual. The mean of
+        n losses does not overflow where their sum would; in exchange, a loss below 1e-38 n (in
+        float64 1e-308 n) counts as 0.
 
     Raises:
         ValueError: shapes that do not fit, weights that are negative, infinite or NaN (traced:
@@ -72,17 +72,17 @@ def mean(
     >>> mean(rl.huber, jnp.array([1.0, 2.5, nan]), y, where=jnp.array([True, True, False]))
     Array(0.0625, dtype=float32)
     """
-    losses, keep, dtype = _kept(loss, predictions, targets, where)
+    losses, keep, dtype = _masked_losses(loss, predictions, targets, where)
     axes = axes_of(axis, losses.ndim)
     if weights is not None:
-        w, its_dtype = ratios(weights, losses.shape, where, axes)
-        dtype = jnp.result_type(dtype, its_dtype)
+        w, weights_dtype = ratios(weights, losses.shape, where, axes)
+        dtype = jnp.result_type(dtype, weights_dtype)
         wide = at_least_float32(dtype)
         return _weighted_mean(losses.astype(wide), w, axes).astype(dtype)
     size: Array | int = max(_length(losses, axes), 1)
     if keep is not None:
         size = jnp.maximum(jnp.sum(keep, axes, losses.dtype), 1)
-    return _quotient(losses, jnp.asarray(size, losses.dtype), axes).astype(dtype)
+    return _sum_quotient(losses, jnp.asarray(size, losses.dtype), axes).astype(dtype)
 
 
 def total(
@@ -96,14 +96,14 @@ def total(
 ) -> Array:
     """The total loss over the entries kept: `sum(w rho(r))`.
 
-    Arguments, masks and errors are those of `mean`. Nothing kept gives 0. A weight that is not
-    0 must be a normal number of its type, in float32 1.2e-38 or more: what is below is 0 to XLA
-    on a CPU, and so a ValueError (traced: NaN).
+    Arguments, masks and errors are those of `mean`. If nothing is kept, the total is 0. A weight
+    that is not 0 must be a normal number of its type, in float32 1.2e-38 or more. XLA on a CPU
+    reads a smaller number as 0, so it is a ValueError (traced: NaN).
 
     >>> total(rl.huber, jnp.array([1.0, -3.0]), weights=jnp.array([1.0, 2.0]))
     Array(5.5, dtype=float32)
     """
-    losses, _, dtype = _kept(loss, predictions, targets, where)
+    losses, _, dtype = _masked_losses(loss, predictions, targets, where)
     if weights is not None:
         w = nonnegative(weights, losses.shape, where)
         dtype = jnp.result_type(dtype, w)
@@ -148,10 +148,10 @@ def mse(
     return mean(squared_error, predictions, targets, where=where, weights=weights, axis=axis)
 
 
-def _kept(
+def _masked_losses(
     loss: Loss, predictions: ArrayLike, targets: ArrayLike | None, where: ArrayLike | None
 ) -> tuple[Array, Array | None, jnp.dtype]:
-    """The losses with 0 where dropped, what is kept (None: all), and the result's dtype."""
+    """The losses with 0 where dropped, the mask (None: all are kept), and the result's dtype."""
     check_loss(loss)
     r, dtype = residual(predictions, targets)
     keep = None if where is None else mask(where, r.shape)
@@ -168,21 +168,21 @@ def _kept(
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _quotient(x: Array, divisor: Array, axes: tuple[int, ...]) -> Array:
-    """`sum(x) / divisor`, finite where this is, for a sum of n numbers that may not be.
+def _sum_quotient(x: Array, divisor: Array, axes: tuple[int, ...]) -> Array:
+    """`sum(x) / divisor`, finite where the quotient is, even if the sum of the n numbers is not.
 
-    Each x is divided by a power of 2 above n, which is exact and, in one pass with whatever made
-    x, costs no time. Not by n itself: XLA would find that number in the gradient too, and write
-    an array of nothing else for both.
+    Each x is divided by a power of 2 above n. This is exact, and it costs no time in the pass that
+    computes x. The divisor is not n itself: XLA would find the same number in the gradient and
+    write an array that holds nothing else for both.
     """
     share = 1 / float(1 << _length(x, axes).bit_length())
     return jnp.sum(x * share, axes) / (divisor * share)
 
 
-@_quotient.defjvp
-def _quotient_jvp(axes: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Array, Array]:
-    x, divisor = primals  # a number that is not differentiated
-    return _quotient(x, divisor, axes), jnp.sum(tangents[0], axes) / divisor
+@_sum_quotient.defjvp
+def _sum_quotient_jvp(axes: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Array, Array]:
+    x, divisor = primals  # the divisor is not differentiated
+    return _sum_quotient(x, divisor, axes), jnp.sum(tangents[0], axes) / divisor
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -190,20 +190,21 @@ def _weighted_mean(x: Array, w: Array, axes: tuple[int, ...]) -> Array:
     """`sum(w x) / sum(w)`, 0 where all w are 0, for w of any magnitude."""
     w = relative(w, axes)[0].astype(x.dtype)
     size = jnp.sum(w, axes)
-    return _quotient(0.25 * w * x, 0.25 * jnp.where(size == 0, 1, size), axes)
+    # A quarter, as the weights are up to 4 and a product with one might overflow.
+    return _sum_quotient(0.25 * w * x, 0.25 * jnp.where(size == 0, 1, size), axes)
 
 
 def _weighted_mean_jvp(axes: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Array, Array]:
     (x, w), (x_dot, w_dot) = primals, tangents
     out = _weighted_mean(x, w, axes)
-    near, unit = (a.astype(x.dtype) for a in relative(w, axes))
-    size = jnp.sum(near, axes, keepdims=True)
+    scaled, unit = (a.astype(x.dtype) for a in relative(w, axes))
+    size = jnp.sum(scaled, axes, keepdims=True)
     size = jnp.where(size == 0, 1, size)
     tangent = jnp.zeros_like(out)
     if not isinstance(x_dot, SymbolicZero):
-        tangent += jnp.sum(x_dot * near / size, axes)
+        tangent += jnp.sum(x_dot * scaled / size, axes)
     if not isinstance(w_dot, SymbolicZero):
-        # One difference, where the quotient rule has two terms that may be infinite.
+        # One difference in the place of the two terms of the quotient rule, which may be infinite.
         w_dot = w_dot.astype(x.dtype)
         tangent += jnp.sum(w_dot * unit * (x - jnp.expand_dims(out, axes)) / size, axes)
     return out, tangent
@@ -213,4 +214,5 @@ _weighted_mean.defjvp(_weighted_mean_jvp, symbolic_zeros=True)
 
 
 def _length(x: Array, axes: tuple[int, ...]) -> int:
+    """The number of entries along the axes."""
     return math.prod(x.shape[axis] for axis in axes)

@@ -1,7 +1,7 @@
-"""What follows from a loss by differentiation: influence, weight, curvature.
+"""The functions that follow from a loss by differentiation: influence, weight, curvature.
 
-Each takes any elementwise loss of a residual, the library's or the user's own; fix its
-parameters with `functools.partial`.
+Each of them takes any elementwise loss of a residual, the library's or the user's own; fix the
+loss's parameters with `functools.partial`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Loss = Callable[..., Array]
 
 
 def influence(loss: Loss, predictions: ArrayLike, targets: ArrayLike | None = None) -> Array:
-    """The influence psi(r) = rho'(r): how hard a point pulls, and which way.
+    """The influence psi(r) = rho'(r): the force of a point on the fit, with its sign.
 
     Args:
         loss: an elementwise function of the residual, such as `rl.huber`.
@@ -34,8 +34,8 @@ def influence(loss: Loss, predictions: ArrayLike, targets: ArrayLike | None = No
         targets: of exactly the same shape, or None.
 
     Returns:
-        The derivative of the loss at each residual, in its shape and dtype. At a kink, what
-        the loss takes there; NaN stays NaN.
+        The derivative of the loss at each residual, in its shape and dtype. At a kink it
+        is the derivative that the loss defines there; NaN stays NaN.
 
     Raises:
         ValueError: the shapes differ.
@@ -49,7 +49,7 @@ def influence(loss: Loss, predictions: ArrayLike, targets: ArrayLike | None = No
 
 
 def curvature(loss: Loss, predictions: ArrayLike, targets: ArrayLike | None = None) -> Array:
-    """The curvature psi'(r) = rho''(r): what a second-order method divides by.
+    """The curvature psi'(r) = rho''(r), the divisor in Newton's method.
 
     Args:
         loss: an elementwise function of the residual, such as `rl.huber`.
@@ -57,8 +57,8 @@ def curvature(loss: Loss, predictions: ArrayLike, targets: ArrayLike | None = No
         targets: of exactly the same shape, or None.
 
     Returns:
-        The second derivative of the loss at each residual, in its shape and dtype. A jump of
-        the influence, as that of `absolute_error` at 0, does not show in it.
+        The second derivative of the loss at each residual, in its shape and dtype. It
+        does not show a jump of the influence, such as that of `absolute_error` at 0.
 
     Raises:
         ValueError: the shapes differ.
@@ -72,13 +72,13 @@ def curvature(loss: Loss, predictions: ArrayLike, targets: ArrayLike | None = No
 
 
 def weight(loss: Loss, predictions: ArrayLike, targets: ArrayLike | None = None) -> Array:
-    """The weight w(r) = psi(r) / r: what a point counts in reweighted least squares.
+    """The weight w(r) = psi(r) / r of a point in iteratively reweighted least squares.
 
-    At r = 0 the limit is taken, which is the curvature there. Where the influence jumps at 0,
-    as that of `absolute_error` does, the limit is infinite, and `inf` is what you get: a
-    point that is met exactly holds the fit with no end to its weight. A reweighting loop over
-    such a loss has to bound the weights itself; a finite stand-in chosen here would only hide
-    that. At an infinite residual it is the limit too.
+    At r = 0 the weight is the limit, which is the curvature at 0. Where the influence jumps at 0,
+    as that of `absolute_error` does, the limit is infinite and the weight is `inf`: the fit
+    cannot leave a point that it meets exactly. A reweighting loop over such a loss has to bound the
+    weights itself; a finite number chosen here would only hide that. At an infinite residual the
+    weight is the limit too.
 
     Args:
         loss: an elementwise function of the residual, such as `rl.huber`.
@@ -98,26 +98,26 @@ def weight(loss: Loss, predictions: ArrayLike, targets: ArrayLike | None = None)
     Array([ inf, 2.  , 0.25], dtype=float32)
     """
     r, dtype = residual(predictions, targets)
-    bend = _derivative(_derivative(loss))(r)
-    original, r, loss = r, *_in_a_large_unit(loss, r)
-    slope = _derivative(loss)
-    # Next to 0 a smooth influence is about bend * r; one that jumps is far above it.
-    beside = jnp.finfo(r.dtype).tiny
-    psi = slope(jnp.where(r == 0, beside, r))
-    jumps = jnp.abs(psi) > (1 + jnp.abs(bend)) * beside / jnp.finfo(r.dtype).eps
-    at_zero = jnp.where(jumps, jnp.copysign(jnp.inf, psi), bend)
-    ratio = psi / jnp.where(r == 0, beside, r)
+    second = _derivative(_derivative(loss))(r)
+    original, r, loss = r, *_in_large_unit(loss, r)
+    first = _derivative(loss)
+    # Next to 0 a smooth influence is about rho''(0) r; an influence that jumps is far above this.
+    smallest = jnp.finfo(r.dtype).tiny
+    psi = first(jnp.where(r == 0, smallest, r))
+    jumps = jnp.abs(psi) > (1 + jnp.abs(second)) * smallest / jnp.finfo(r.dtype).eps
+    at_zero = jnp.where(jumps, jnp.copysign(jnp.inf, psi), second)
+    ratio = psi / jnp.where(r == 0, smallest, r)
     if _function(loss) is gaussian_nll:
-        ratio = bend  # the same everywhere, also where psi overflows
-    limit = jnp.where(jnp.isinf(original), bend, ratio)
-    return jnp.where(original == 0, at_zero, limit).astype(dtype)
+        ratio = second  # which is constant, and finite where psi overflows
+    ratio = jnp.where(jnp.isinf(original), second, ratio)
+    return jnp.where(original == 0, at_zero, ratio).astype(dtype)
 
 
-def _in_a_large_unit(loss: Loss, r: Array) -> tuple[Array, Loss]:
-    """A large residual, with `delta`, in a unit in which it is near 1.
+def _in_large_unit(loss: Loss, r: Array) -> tuple[Array, Loss]:
+    """The residual and the loss's `delta` in a unit in which a large residual is near 1.
 
-    The weight is the same there, and an influence that grows like r or faster does not
-    overflow. This is for the losses of the library that have such an influence.
+    The weight does not depend on the unit, and an influence that grows like r or faster does not
+    overflow in this one. Only the losses of the library with such an influence change their unit.
     """
     function = _function(loss)
     if function not in (squared_error, expectile, general):
@@ -126,8 +126,8 @@ def _in_a_large_unit(loss: Loss, r: Array) -> tuple[Array, Loss]:
     large = jnp.isfinite(r) & (exponent > 0)
     exponent = jnp.where(large, -exponent, 0)
     if function is general:
-        given = loss.keywords if isinstance(loss, partial) else {}
-        delta = jnp.asarray(given.get("delta", 1.0), r.dtype)
+        keywords = loss.keywords if isinstance(loss, partial) else {}
+        delta = jnp.asarray(keywords.get("delta", 1.0), r.dtype)
         loss = partial(loss, delta=jnp.where(jnp.isinf(delta), delta, ldexp(delta, exponent)))
     return jnp.where(large, mantissa, r), loss
 
@@ -137,9 +137,10 @@ def _function(loss: Loss) -> Loss:
 
 
 def _derivative(loss: Loss) -> Callable[[Array], Array]:
+    """The derivative of an elementwise function, as a function."""
     check_loss(loss)
 
-    # A loss acts on each residual alone, so one tangent of ones reaches every derivative.
+    # A loss acts on each residual alone, so a tangent of ones gives the derivatives of all.
     def derivative(r: Array) -> Array:
         return jax.jvp(loss, (r,), (jnp.ones_like(r),))[1]
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import robustloss as rl
-from experiments import _results, compare
+from experiments import FindingError, _plotting, _results, compare
 from experiments.__main__ import experiments, main
 from experiments.data import load
 from robustloss import losses as families
@@ -92,11 +92,11 @@ from dataclasses import replace
 import numpy as np
 from experiments import _results, outliers
 import jax, jax.numpy as jnp
-from experiments._devices import over_devices
-from experiments._linear_fits import fit_each
+from experiments._distribution import distribute
+from experiments._linear_fits import fit_losses
 result = outliers.run(replace(outliers.SMOKE, sets=3, losses=outliers.SMOKE.losses[:3]))
 with jax.enable_x64(True):
-    fits = over_devices(lambda b: fit_each(("squared_error", "huber"), b[:, :1], b[:, 1]))
+    fits = distribute(lambda b: fit_losses(("squared_error", "huber"), b[:, :1], b[:, 1]))
     text = fits.lower(jnp.ones((3, 9, 2))).compile().as_text()
 for word in ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
     assert word not in text, word
@@ -137,7 +137,7 @@ def test_all_writes_a_report_and_does_nothing_twice(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(sign, "run", lambda *_: pytest.fail("again"))
     assert main(run) == 0
     monkeypatch.undo()
-    monkeypatch.setattr(sign, "check", lambda _: (_ for _ in ()).throw(AssertionError("no")))
+    monkeypatch.setattr(sign, "check", lambda _: (_ for _ in ()).throw(FindingError("no")))
     assert main([*run, "--seed", "1", "--no-plots"]) == 1  # other settings: run again
     assert "sign: its finding does not hold" in capsys.readouterr().err
     assert (tmp_path / "report" / "report.md").read_text() == report
@@ -209,11 +209,49 @@ def test_a_wrong_constant_fails_the_gallery():
     for field in ("at_95", "at_50"):
         tukey = result.losses["tukey"]
         moved = tukey._replace(**{field: getattr(tukey, field) + 1e-5})
-        with pytest.raises(AssertionError, match="tukey"):
+        with pytest.raises(FindingError, match="tukey"):
             gallery.check(result._replace(losses=result.losses | {"tukey": moved}))
 
 
-def test_accuracy_holds_and_would_notice(monkeypatch):
+LIKELIHOODS = {"gaussian_nll", "laplace_nll", "student_t_nll", "general_nll"}
+
+
+def test_every_loss_but_the_likelihoods_has_a_profile_and_limits_in_accuracy():
+    from experiments import accuracy
+
+    expected = set(rl.LOSSES) - LIKELIHOODS  # whose value at 0 depends on the scale
+    assert set(accuracy.PROFILES) == expected
+    assert set(accuracy.LIMITS) == expected
+    assert all(len(limits) == len(accuracy.VIEWS) for limits in accuracy.LIMITS.values())
+
+
+@pytest.mark.parametrize("table", ["PROFILES", "LIMITS"])
+def test_accuracy_refuses_a_loss_without_a_row(table, monkeypatch):
+    from experiments import accuracy
+
+    monkeypatch.delitem(getattr(accuracy, table), "tukey")
+    with pytest.raises(FindingError, match=f"{table} .* has no row for tukey"):
+        accuracy.check(accuracy.Result(0, {}, {}, {}))
+
+
+def test_accuracy_refuses_a_result_without_the_derivatives_of_a_loss():
+    from experiments import accuracy
+
+    others = dict.fromkeys(list(rl.LOSSES)[1:])
+    with pytest.raises(FindingError, match=f"no derivatives of {next(iter(rl.LOSSES))}"):
+        accuracy.check(accuracy.Result(0, {}, {}, others))
+
+
+def test_every_loss_has_a_look_of_its_own():
+    looks = _plotting.LOOKS
+    assert set(looks) == {*rl.LOSSES, "mm"}
+    for parts in (("color", "linestyle"), ("color", "marker")):
+        seen = {tuple(getattr(look, part) for part in parts) for look in looks.values()}
+        assert len(seen) == len(looks), parts
+
+
+def test_accuracy_keeps_its_limits_and_notices_an_error(monkeypatch):
+    """Two losses stand for all, which take their time; the tables are checked above."""
     from experiments import accuracy
 
     monkeypatch.setattr(accuracy, "LIMITS", {k: accuracy.LIMITS[k] for k in ("tukey", "quantile")})
@@ -221,13 +259,12 @@ def test_accuracy_holds_and_would_notice(monkeypatch):
     monkeypatch.setattr(
         accuracy, "OTHERS", {k: v for k, v in accuracy.OTHERS.items() if "cosh" in k}
     )
-    monkeypatch.setattr(accuracy, "DERIVED", ("tukey", "quantile"))
     result = accuracy.run(accuracy.Config(points=30))
     accuracy.check(result)
     assert 1 < result.derivatives["tukey"].ulp < 5
     assert any("derivative" in sentence for sentence in accuracy.findings(result))
     wrong = result.derivatives | {"tukey": result.derivatives["tukey"]._replace(ulp=10.5)}
-    with pytest.raises(AssertionError, match="tukey, derivatives"):
+    with pytest.raises(FindingError, match="tukey, derivatives"):
         accuracy.check(result._replace(derivatives=wrong))
     assert 1 < result.single["tukey"]["slope"].ulp < 5
     ours = (result.single[name] for name in rl.LOSSES)
@@ -304,7 +341,7 @@ def test_a_finding_that_fails_is_told_and_not_written(tmp_path, monkeypatch, cap
         main(run)
 
     def fails(result):
-        raise AssertionError("huber is smaller at another fit")
+        raise FindingError("huber is smaller at another fit")
 
     monkeypatch.setattr(compare, "check", fails)
     monkeypatch.setattr(compare, "findings", lambda result: ["said all the same"])
@@ -394,15 +431,15 @@ def test_bad_options_are_one_sentence(options, words, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        ([], "empty"),
-        (["x,y", "1,2"], "one row"),
-        (["x;y", "1;2", "2;3"], "semicolon"),
-        (["x,x,y", "1,2,3", "2,3,4", "3,1,1"], "x"),
-        (["x,z", "1,2", "2,3", "3,4"], "y"),
-        (["x,y", "a,2", "2,3", "3,4"], "x"),
-        (["x,y", "1,2", "1,3", "1,4"], "constant"),
-        (["x,y", "1,2", "2,2", "3,2"], "constant"),
-        (["a,b,c,y", "1,2,3,4", "2,3,5,5", "7,1,1,1"], "rows"),
+        ([], "mine.csv' is empty"),
+        (["x,y", "1,2"], "only one row"),
+        (["x;y", "1;2", "2;3"], "separated by semicolons"),
+        (["x,x,y", "1,2,3", "2,3,4", "3,1,1"], "The column name 'x' occurs 2 times"),
+        (["x,z", "1,2", "2,3", "3,4"], "The target 'y' is not a column"),
+        (["x,y", "a,2", "2,3", "3,4"], "Column 'x' is not numeric: row 1 has 'a'"),
+        (["x,y", "1,2", "1,3", "1,4"], "Column 'x' is constant (1 in all 3 rows)"),
+        (["x,y", "1,2", "2,2", "3,2"], "The target 'y' is constant (2 in all 3 rows)"),
+        (["a,b,c,y", "1,2,3,4", "2,3,5,5", "7,1,1,1"], "3 rows, but 3 features and an intercept"),
         (["a,b,y", "1,3,4", "2,5,5", "7,15,1", "8,17,3"], "'b' is a linear combination"),
     ],
 )
@@ -440,8 +477,8 @@ def test_start_decides_where_a_fit_ends():
 def test_speed_of_fits_runs():
     from experiments import _fit_speed
 
-    case = _fit_speed.cases(10_000)[0]
-    timing = _fit_speed.timed(case._replace(peers={"peer": lambda X, y: 1.0}), 2)
+    case = _fit_speed.build_cases(10_000)[0]
+    timing = _fit_speed.time_case(case._replace(peers={"peer": lambda X, y: 1.0}), 2)
     assert timing.converged
     assert timing.error < 1e-7
     assert len(timing.peers["peer"]) == 2
@@ -454,22 +491,22 @@ def test_a_sweep_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     from experiments import accuracy
 
     monkeypatch.setattr(accuracy, "CHUNK", 2**20)
-    monkeypatch.setattr(accuracy, "AT_ONCE", 2)  # two chunks a block, of five
+    monkeypatch.setattr(accuracy, "BLOCK", 2)  # five chunks in blocks of two
     monkeypatch.setattr(accuracy, "LIMITS", {"absolute_error": (0.5, 0.5, 0.5)})
-    monkeypatch.setattr(accuracy, "DERIVED", ("absolute_error",))
+    monkeypatch.setattr(rl, "LOSSES", {"absolute_error": rl.LOSSES["absolute_error"]})
     config = accuracy.Config(others=False, points=30, out=tmp_path / "r")
-    place = _results.unfinished(config.out, config)
-    whole = accuracy.run(config, keep=partial(_results.kept, place))
+    place = _results.locate_cache(config.out, config)
+    whole = accuracy.run(config, cache=partial(_results.cache_arrays, place))
     blocks = sorted(path for path in place.iterdir() if "derivatives" not in path.name)
     assert len(blocks) == 3
     with np.load(blocks[1]) as file:
         other = {name: np.array([0.25, 2.0, 0.0]) for name in file}
     np.savez(blocks[1], **other)
     blocks[2].rename(blocks[2].with_suffix(".new"))  # as kill -9 leaves it
-    again = accuracy.run(config, keep=partial(_results.kept, place))
+    again = accuracy.run(config, cache=partial(_results.cache_arrays, place))
     assert again.single["absolute_error"]["value"].ulp == 0.25  # what was kept counts
     assert whole.single["absolute_error"]["value"].ulp == 0
     assert blocks[2].exists()
-    elsewhere = _results.unfinished(config.out, replace(config, delta=2.0))
+    elsewhere = _results.locate_cache(config.out, replace(config, delta=2.0))
     assert elsewhere != place
-    assert _results.unfinished(config.out, replace(config, out=None)) == place
+    assert _results.locate_cache(config.out, replace(config, out=None)) == place

@@ -1,6 +1,6 @@
-"""Built-in data sets and a CSV reader that says in one sentence what is wrong with a file.
+"""Built-in data sets, and a CSV reader whose errors explain in one sentence what is wrong.
 
-The sets and their sources are listed in ``SOURCES.md`` beside this file.
+``SOURCES.md`` in this folder lists the sets and their sources.
 """
 
 import csv
@@ -17,13 +17,13 @@ from experiments import UsageError
 
 _FOLDER = Path(__file__).parent
 
-# float() alone would also take "1_000" and digits of other scripts
+# float() also accepts "1_000" and digits of other scripts
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 _MISSING = re.compile(r"|#?n/?a|[+-]?(nan|inf|infinity)|null", re.IGNORECASE)
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d*)?", re.ASCII)
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
 
-# name: (target, features, what is known about the outliers)
+# name: (target, features, note on the outliers)
 _BUILT_IN: dict[str, tuple[str, tuple[str, ...], str]] = {
     "phones": (
         "calls",
@@ -103,32 +103,32 @@ class DataError(UsageError):
 
 @dataclass(frozen=True)
 class Data:
-    """A regression data set: features without an intercept, target, and where the rows are from."""
+    """A regression data set: features without an intercept, target, and the rows of the file."""
 
     name: str
     features: tuple[str, ...]
     target: str
     X: np.ndarray
     y: np.ndarray
-    rows: np.ndarray  # 1-based rows in the file, so that they keep their names after drops
+    rows: np.ndarray  # 1-based rows in the file; dropped rows do not renumber the others
     note: str = ""
 
 
 def names() -> list[str]:
-    """Return the names of the built-in sets."""
+    """The names of the built-in sets."""
     return list(_BUILT_IN)
 
 
 def load(name: str) -> Data:
-    """Return a built-in set."""
+    """A built-in set."""
     if name not in _BUILT_IN:
         raise DataError(
-            f"There is no built-in data set {_show(name)}: {_nearest(name, _BUILT_IN)}"
+            f"There is no built-in data set {_quote(name)}: {_suggest(name, _BUILT_IN)}"
             f"{', '.join(_BUILT_IN)}."
         )
     target, features, note = _BUILT_IN[name]
     path = _FOLDER / f"{name}.csv"
-    data = _california(path) if name == "california" else read_csv(path, target, features)
+    data = _read_california(path) if name == "california" else read_csv(path, target, features)
     return replace(data, note=note)
 
 
@@ -139,15 +139,15 @@ def read_csv(
     *,
     drop_missing: bool = False,
 ) -> Data:
-    """Read a CSV file with a header line; the features default to all columns but `obs`."""
+    """Reads a CSV file with a header line; the features default to all columns but `obs`."""
     if isinstance(features, str):
         features = (features,)
     header, cells = _read_cells(Path(path))
-    used = _choose(header, target, features)
+    used = _choose_features(header, target, features)
     hint = "" if features is not None else ", or leave the column out with --features"
     table = np.column_stack(
         [
-            _numbers(name, [row[header.index(name)] for row in cells], hint if i else "")
+            _parse_column(name, [row[header.index(name)] for row in cells], hint if i else "")
             for i, name in enumerate((target, *used))
         ]
     )
@@ -158,7 +158,7 @@ def read_csv(
         raise DataError(
             f"{dropped} of {len(kept)} rows {'has' if dropped == 1 else 'have'} a blank, NA, NaN, "
             f"null or infinite value in the columns used (the first is row {row + 1}, column "
-            f"{_show((target, *used)[column])}); pass --drop-missing to leave them out."
+            f"{_quote((target, *used)[column])}); pass --drop-missing to leave them out."
         )
     table = table[kept]
     _check_table(table, target, used, dropped)
@@ -174,8 +174,8 @@ def read_csv(
     )
 
 
-def _california(path: Path) -> Data:
-    """Form per-household averages, as in the scikit-learn version of the set."""
+def _read_california(path: Path) -> Data:
+    """Reads the file and forms averages per household, as the scikit-learn version of the set."""
     target, features, _ = _BUILT_IN["california"]
     raw = read_csv(path, "median_house_value")
     column = dict(zip(raw.features, raw.X.T, strict=True))
@@ -209,8 +209,8 @@ def _read_text(path: Path) -> str:
 
 
 def _read_cells(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Return the header and the rows of a file, all with the same number of cells."""
-    # the strict parser, which finds quotes left open, takes no spaces after a closing quote
+    """The header and the rows of a file, all with the same number of cells."""
+    # the strict parser detects open quotes, but refuses spaces after a closing quote
     text = re.sub(r'"[ \t]+(?=[,\r\n]|$)', '"', _read_text(path))
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
     lines: list[tuple[int, list[str]]] = []
@@ -229,7 +229,8 @@ def _read_cells(path: Path) -> tuple[list[str], list[list[str]]]:
     for line, row in lines[1:]:
         if len(row) != len(header):
             raise DataError(
-                f"Line {line} has {_count(len(row), 'cell')}, but the header has {len(header)}."
+                f"Line {line} has {_count_nouns(len(row), 'cell')}, "
+                f"but the header has {len(header)}."
             )
     if len(lines) < 3:
         found = "only one row" if len(lines) == 2 else "a header but no rows"
@@ -246,47 +247,49 @@ def _check_header(header: list[str]) -> None:
                 )
     if all(_NUMBER.fullmatch(name) for name in header):
         raise DataError(
-            f"There is no header: the first line has only numbers ({_listed(header)}), where the "
-            f"names of the columns are expected."
+            f"There is no header: the first line has only numbers ({_list_names(header)}), "
+            f"where the names of the columns are expected."
         )
     for i, name in enumerate(header):
         if not name:
             raise DataError(f"Column {i + 1} of {len(header)} has an empty name; give it one.")
         if name in header[:i]:
             raise DataError(
-                f"The column name {_show(name)} occurs {header.count(name)} times; "
+                f"The column name {_quote(name)} occurs {header.count(name)} times; "
                 f"names must differ."
             )
 
 
-def _choose(header: list[str], target: str, features: Sequence[str] | None) -> tuple[str, ...]:
-    """Check the names asked for, and return the features."""
+def _choose_features(
+    header: list[str], target: str, features: Sequence[str] | None
+) -> tuple[str, ...]:
+    """The features, after a check that target and features are columns."""
     if features is None:
         features = [name for name in header if name not in (target, "obs")]  # obs: a row number
     for role, name in (("target", target), *(("feature", name) for name in features)):
         if name not in header:
             raise DataError(
-                f"The {role} {_show(name)} is not a column: {_nearest(name, header)}"
-                f"{_listed(header)}."
+                f"The {role} {_quote(name)} is not a column: {_suggest(name, header)}"
+                f"{_list_names(header)}."
             )
     if target in features:
-        raise DataError(f"The column {_show(target)} is both the target and a feature.")
+        raise DataError(f"The column {_quote(target)} is both the target and a feature.")
     for name in features:
         if list(features).count(name) > 1:
             raise DataError(
-                f"The feature {_show(name)} is listed {list(features).count(name)} times; "
+                f"The feature {_quote(name)} is listed {list(features).count(name)} times; "
                 f"list it once."
             )
     if not features:
         raise DataError(
-            f"There is no feature column beside the target {_show(target)}: the columns are "
-            f"{_listed(header)}."
+            f"There is no feature column beside the target {_quote(target)}: the columns are "
+            f"{_list_names(header)}."
         )
     return tuple(features)
 
 
-def _numbers(name: str, cells: list[str], hint: str) -> np.ndarray:
-    """Convert a column, with NaN where a value is missing."""
+def _parse_column(name: str, cells: list[str], hint: str) -> np.ndarray:
+    """The numbers of a column, NaN where a value is missing."""
     values = np.full(len(cells), np.nan)
     for i, cell in enumerate(cells):
         if _NUMBER.fullmatch(cell):
@@ -298,32 +301,32 @@ def _numbers(name: str, cells: list[str], hint: str) -> np.ndarray:
             elif _DECIMAL_COMMA.fullmatch(cell):
                 remedy = "write decimals with a point, not a comma"
             raise DataError(
-                f"Column {_show(name)} is not numeric: row {i + 1} has {_show(cell)}; "
+                f"Column {_quote(name)} is not numeric: row {i + 1} has {_quote(cell)}; "
                 f"{remedy}{hint}."
             )
     return values
 
 
 def _check_table(table: np.ndarray, target: str, features: tuple[str, ...], dropped: int) -> None:
-    """Check that the rows that are left can be fitted; column 0 is the target."""
+    """Refuses a table that cannot be fitted; column 0 is the target."""
     n, needed = len(table), len(features) + 1
     if n < needed:
         left = f" left after {dropped} of {n + dropped} were dropped" if dropped else ""
         raise DataError(
-            f"There {'is' if n == 1 else 'are'} {_count(n, 'row')}{left}, but "
-            f"{_count(len(features), 'feature')} and an intercept need at least {needed}."
+            f"There {'is' if n == 1 else 'are'} {_count_nouns(n, 'row')}{left}, but "
+            f"{_count_nouns(len(features), 'feature')} and an intercept need at least {needed}."
         )
     constant = (table == table[0]).all(axis=0)
     if constant[0]:
         raise DataError(
-            f"The target {_show(target)} is constant ({table[0, 0]:g} in all {n} rows), so there "
+            f"The target {_quote(target)} is constant ({table[0, 0]:g} in all {n} rows), so there "
             f"is nothing to fit."
         )
     if constant.any():
         column = int(np.argmax(constant))
         raise DataError(
-            f"Column {_show(features[column - 1])} is constant ({table[0, column]:g} in all {n} "
-            f"rows), so it cannot be told from the intercept; leave it out of the features."
+            f"Column {_quote(features[column - 1])} is constant ({table[0, column]:g} in all {n} "
+            f"rows), so it is indistinguishable from the intercept; leave it out of the features."
         )
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         spread = table.std(axis=0, ddof=1)
@@ -332,28 +335,28 @@ def _check_table(table: np.ndarray, target: str, features: tuple[str, ...], drop
         column = int(np.argmax(extreme))
         largest = np.max(np.abs(table[:, column]))
         raise DataError(
-            f"Column {_show((target, *features)[column])} holds numbers up to {largest:.0e}, whose "
-            f"squares leave the range of float64; give it in other units."
+            f"Column {_quote((target, *features)[column])} holds numbers up to {largest:.0e}, "
+            f"whose squares leave the range of float64; give it in other units."
         )
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    """Begin a list of the known names with the one most like a wrong name, if any is like it."""
-    # letter case is a common slip, which difflib would count as a wholly different letter
+def _suggest(name: str, known: Iterable[str]) -> str:
+    """The beginning of a list of the known names: the one most similar to a wrong name, if any."""
+    # wrong letter case is common, and difflib counts it as another letter
     folded = {candidate.casefold(): candidate for candidate in known}
     close = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.3)
-    return f"the nearest is {_show(folded[close[0]])} of " if close else "choose one of "
+    return f"the nearest is {_quote(folded[close[0]])} of " if close else "choose one of "
 
 
-def _count(n: int, noun: str) -> str:
+def _count_nouns(n: int, noun: str) -> str:
     return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
-def _show(text: str, longest: int = 60) -> str:
-    """Quote what a user gave, on one line and not endlessly."""
-    return repr(text if len(text) <= longest else f"{text[: longest - 3]}...")
+def _quote(text: str, limit: int = 60) -> str:
+    """The quoted input of a user, on one line and truncated."""
+    return repr(text if len(text) <= limit else f"{text[: limit - 3]}...")
 
 
-def _listed(header: list[str], most: int = 20) -> str:
-    more = [f"{len(header) - most} more"] if len(header) > most else []
-    return ", ".join([_show(name) for name in header[:most]] + more)
+def _list_names(header: list[str], limit: int = 20) -> str:
+    more = [f"{len(header) - limit} more"] if len(header) > limit else []
+    return ", ".join([_quote(name) for name in header[:limit]] + more)

@@ -1,4 +1,4 @@
-"""What reduces one row, over any axes of an array, with masks, weights and 16-bit types."""
+"""Applies a function of one row over any axes, with masks, weights and 16-bit types."""
 
 from __future__ import annotations
 
@@ -33,7 +33,13 @@ def over_axis(
     axis: Axis,
     *parameters: Array,
 ) -> Any:
-    """`kernel(row, weights, *parameters)` of each row along the axes; NaN where it has none."""
+    """`kernel(row, weights, *parameters)` of each row along the axes.
+
+    NaN for a row that has a NaN or an invalid weight, or of which nothing is kept. The rows that
+    the kernel gets have 0 in the place of a dropped entry, `center` subtracted, and at least
+    float32. Their weights are None where all entries count 1, integers 0 and 1 for a mask alone,
+    else floating numbers of which the largest is in [1, 4).
+    """
     real_array("x", x)
     r, dtype = residual(x)
     shape = r.shape
@@ -47,34 +53,35 @@ def over_axis(
     keep = None if where is None else mask(where, shape)
     w = None if keep is None else keep.astype(jnp.int32)
     if weights is not None:
-        w, its_dtype = ratios(weights, shape, where, axes_of(axis, len(shape)))
-        dtype = jnp.result_type(dtype, its_dtype)
+        w, weights_dtype = ratios(weights, shape, where, axes_of(axis, len(shape)))
+        dtype = jnp.result_type(dtype, weights_dtype)
     r = r.astype(at_least_float32(dtype))
     r = r if keep is None else jnp.where(keep, r, 0)
 
     r = _rows(r, axis)
     w = None if w is None else _rows(w, axis)
     if w is not None and weights is not None:
-        w = relative(w, (w.ndim - 1,))[0].astype(r.dtype)  # lest their sums overflow
-    if r.shape[-1] == 0:  # one entry that is dropped
+        w = relative(w, (w.ndim - 1,))[0].astype(r.dtype)  # so that their sum cannot overflow
+    if r.shape[-1] == 0:  # an empty row becomes one entry that is dropped
         r, w = jnp.zeros((*r.shape[:-1], 1), r.dtype), jnp.zeros((*r.shape[:-1], 1), jnp.int32)
-    found = ~jnp.any(jnp.isnan(r), -1)
+    valid = ~jnp.any(jnp.isnan(r), -1)
     if w is not None:
         size = jnp.sum(w, -1).astype(r.dtype)
-        found &= (size > 0) & (size < jnp.inf) & jnp.all(w >= 0, -1)
+        valid &= (size > 0) & (size < jnp.inf) & jnp.all(w >= 0, -1)
     wide_parameters = [p.astype(r.dtype) for p in parameters]
-    of_rows = kernel
+    vmapped = kernel
     for _ in range(r.ndim - 1):
-        of_rows = jax.vmap(of_rows, (0, None if w is None else 0, *(None for _ in parameters)))
-    results = of_rows(r, w, *wide_parameters)
-    # Added to the result and made of the data, so that its derivative is NaN too.
-    kept = jnp.sum(jnp.where(found[..., None], 0, r), -1)
-    nan = jnp.where(found, 0.0, jnp.nan).astype(r.dtype) * kept
+        vmapped = jax.vmap(vmapped, (0, None if w is None else 0, *(None for _ in parameters)))
+    results = vmapped(r, w, *wide_parameters)
+    # The NaN is a function of the data that is added to the result, so that the derivative is NaN
+    # too.
+    invalid_sum = jnp.sum(jnp.where(valid[..., None], 0, r), -1)
+    nan = jnp.where(valid, 0.0, jnp.nan).astype(r.dtype) * invalid_sum
     return jax.tree.map(lambda result: (result + nan).astype(dtype), results)
 
 
 def _rows(x: Array, axis: Axis) -> Array:
-    """The axes to reduce as one, the last."""
+    """x with the axes to reduce merged into one, the last."""
     if axis is None:
         return x.reshape(-1)
     axes = (axis,) if isinstance(axis, int) else tuple(axis)

@@ -26,9 +26,9 @@ from robustloss._regression import (
     Estimate,
     LossAtScale,
     Problem,
-    coefficients,
-    from_coefficients,
-    problem,
+    coefficients_of,
+    coordinates_of,
+    standardise,
 )
 from robustloss.linear.high_breakdown import s_estimate
 from robustloss.linear.irls import EstimateScale, least_squares, m_estimate, met_exactly, subsample
@@ -38,7 +38,7 @@ from robustloss.linear.settings import (
     checked_key,
     checked_loss,
     checked_method,
-    convex,
+    is_convex,
     level,
     one_number,
     residual_scale,
@@ -55,9 +55,9 @@ __all__ = ["LinearFit", "fit_linear"]
 Loss = Callable[..., Array]
 Scale = Callable[..., Array]
 
-# A power of eps, times the size of y: below it the rounding of the residuals is more than a
-# thousandth of the scale in float64 and more than a hundredth in float32, and rows that are this
-# close to the fit count as met exactly.
+# Power of eps, in sizes of y. At a smaller scale the rounding of the residuals is more than a
+# thousandth of the scale in float64, and more than a hundredth in float32. Rows that are this close
+# to the fit count as met exactly.
 _SCALE_FLOOR = 0.75
 
 
@@ -84,38 +84,38 @@ def fit_linear(
     |---|---|---|
     | `"irls"` | losses with a slope that is smooth at 0 | Newton's steps and reweighted least \
 squares until the equations of the coefficients and of the scale hold together |
-    | `"interior_point"` | `absolute_error`, `quantile` | the exact optimum, met in as many \
+    | `"interior_point"` | `absolute_error`, `quantile` | the exact optimum, which meets as many \
 rows as there are coefficients |
     | `"mm"` | losses whose influence returns to zero | the S-estimate, which just under half of \
 the rows cannot carry off, then the M-estimate next to it, at its scale |
 
-    By default a loss gets the safe one of these that is made for it. Outliers in y alone are no
-    match for any loss with a bounded influence; rows of X far from the others draw every convex
-    loss to them, and only `"mm"` withstands. What decides there is where the fit starts:
-    redescending losses have many minima, and the lowest need not be the robust one.
+    By default each loss gets the safe method that is made for it. A loss with a bounded influence
+    resists outliers in y alone. Rows of X far from the others draw every fit with a convex loss to
+    them; only `"mm"` resists such rows. A redescending loss has many minima, of which the lowest
+    need not be the robust one: the start of the fit decides.
 
-    Runs compiled, under jit and vmap, in float32 and float64; another tuning, scale, mask or
-    parameter of the loss does not compile again. Columns of X may be in any units. Where columns
+    The fit runs compiled, under jit and vmap, in float32 and float64; another tuning, scale, mask
+    or parameter of the loss does not compile again. Columns of X may be in any units. Where columns
     depend on others, the fit is still defined, `unique` is False and the covariance NaN.
 
     Args:
         X: real numbers of the shape (rows, columns), without a column of ones.
-        y: of the shape (rows,), or (rows, targets): one fit each, of which the targets are the
-            last axis of every field.
-        loss: an elementwise function of the residual; other parameters than `delta` with
-            `functools.partial`. If it has no free `delta`, it is taken as it is.
+        y: real numbers of the shape (rows,), or (rows, targets) for one fit of each target; the
+            targets are then the last axis of every field of the result.
+        loss: an elementwise function of the residual; parameters other than `delta` with
+            `functools.partial`. A loss without a free `delta` is used as it is.
         tuning: `delta` in units of the scale; None takes 95 % efficiency at the normal.
-        scale: what is estimated along with the coefficients, of residuals about 0: a name in
-            `robustloss.scale` ("proposal2" with k = 1.345 and degrees of freedom as in R), a
-            function such as those, or a number that is the scale. None takes the method's own:
-            "mad", or for "mm" the scale of its S-estimate, which no other can replace.
+        scale: the scale of the residuals about 0, estimated together with the coefficients: a name
+            in `robustloss.scale` ("proposal2" with k = 1.345 and degrees of freedom as in R), a
+            function like those, or a number that is the scale. None takes the scale of the
+            method: "mad", or for "mm" the scale of its S-estimate, which cannot be replaced.
         method: one of the table, or None.
         start: the coefficients to start from, the intercept first if there is one; None takes
             least squares. Only for "irls".
-        intercept: whether the fit has one.
+        intercept: whether the fit has an intercept.
         where: booleans of the shape (rows,); False drops a row, which may then hold anything.
-        weights: numbers >= 0 of the shape (rows,), on the losses; only their ratios count.
-        key: a `jax.random.key` for the subsets of "mm"; None takes always the same.
+        weights: numbers >= 0 of the shape (rows,), factors of the losses; only their ratios count.
+        key: a `jax.random.key` that draws the subsets of "mm"; None always takes the same key.
 
     Returns:
         A `LinearFit`. `converged` says that the equations of the coefficients and of the scale
@@ -125,8 +125,8 @@ the rows cannot carry off, then the M-estimate next to it, at its scale |
 
     Raises:
         ValueError: shapes that do not fit, fewer rows than coefficients, a method that is not
-            made for the loss, or anything out of its range.
-        TypeError: what is not real numbers, or no function.
+            made for the loss, or an argument outside its range.
+        TypeError: data that are not real numbers, or a loss that is not a function.
 
     Source: Huber (1981), Robust Statistics; Portnoy and Koenker (1997), Statistical Science 12,
     279-300; Yohai (1987), Annals of Statistics 15, 642-656.
@@ -144,8 +144,8 @@ the rows cannot carry off, then the M-estimate next to it, at its scale |
     n, k = X.shape[0], X.shape[1] + bool(intercept)
     if not 0 < k <= n:
         raise ValueError(f"{k} coefficients need at least one and as many rows, got {n}")
-    keep = None if where is None else mask(where, (n,))
-    w = None if weights is None else _shares(weights, n, where).astype(y.dtype)
+    kept = None if where is None else mask(where, (n,))
+    relative_weights = None if weights is None else _relative(weights, n, where).astype(y.dtype)
     method = checked_method(loss, method)
     b = None if start is None else real_array("start", start).astype(y.dtype)
     if b is not None and (b.shape != (k,) or method != "irls"):
@@ -153,68 +153,68 @@ the rows cannot carry off, then the M-estimate next to it, at its scale |
             f'start is for method="irls" and must have the shape ({k},), '
             f"got method={method!r} and the shape {b.shape}"
         )
-    free = takes(loss, "delta")
-    if tuning is not None and not free:
+    has_delta = takes(loss, "delta")
+    if tuning is not None and not has_delta:
         raise ValueError("tuning sets delta, but this loss has no free delta")
     if tuning is None:
-        tuning = tuned(loss) if free else 1.0
+        tuning = tuned(loss) if has_delta else 1.0
     if method == "mm" and scale is not None:
         raise ValueError(f'method="mm" estimates its own scale, got scale={scale!r}')
-    estimated, number = residual_scale("mad" if scale is None else scale, w is not None)
+    estimated, number = residual_scale("mad" if scale is None else scale, weights is not None)
     return _fit_linear(
-        method, free, bool(intercept), method == "irls" and convex(loss), with_leaves(loss),
+        method, has_delta, bool(intercept), method == "irls" and is_convex(loss), with_leaves(loss),
         s_loss(loss) if method == "mm" else None,
         estimated,
         X, y, one_number("tuning", positive("tuning", tuning)).astype(y.dtype),
         one_number("scale", positive("scale", number)).astype(y.dtype),
         (level(loss) if method == "interior_point" else jnp.asarray(0.5)).astype(y.dtype),
-        b, keep, w, checked_key(key),
+        b, kept, relative_weights, checked_key(key),
     )  # fmt: skip
 
 
 @partial(jax.jit, static_argnums=range(4))
 def _fit_linear(
-    method: str, free: bool, intercept: bool, convex: bool, loss: Partial, chi: Partial | None,
-    scale_function: Partial | None, X: Array, y: Array, tuning: Array, given: Array, level: Array,
-    start: Array | None, keep: Array | None, w: Array | None, key: Array,
+    method: str, has_delta: bool, intercept: bool, convex: bool, loss: Partial, chi: Partial | None,
+    scale_function: Partial | None, X: Array, y: Array, tuning: Array, given_scale: Array,
+    level: Array, start: Array | None, where: Array | None, weights: Array | None, key: Array,
 ) -> LinearFit:  # fmt: skip
     def loss_at_scale(s: Array) -> Loss:
-        return partial(loss, delta=tuning * s) if free else loss
+        return partial(loss, delta=tuning * s) if has_delta else loss
 
     def one(y: Array) -> LinearFit:
-        of = problem(X, y, keep, w, intercept, in_units=free)
-        # What rounding leaves of a scale that is 0.
-        floor = jnp.finfo(y.dtype).eps ** _SCALE_FLOOR * of.size
+        problem = standardise(X, y, where, weights, intercept, in_units=has_delta)
+        # A scale of 0 becomes about this by rounding.
+        floor = jnp.finfo(y.dtype).eps ** _SCALE_FLOOR * problem.y_size
         floor = jnp.where(floor > 0, floor, jnp.finfo(y.dtype).tiny ** 0.5)
 
-        def estimate_scale(of: Problem, r: Array, s: Array, far: Array) -> Array:
+        def estimate_scale(problem: Problem, r: Array, s: Array, distance: Array) -> Array:
             if scale_function is None:
-                return given / of.unit
-            found = scale_of(scale_function, r, of, s, far)
+                return given_scale / problem.y_unit
+            found = scale_of(scale_function, r, problem, s, distance)
             return jnp.where(found >= 0, jnp.maximum(found, floor), jnp.nan)
 
         if method == "interior_point":
-            vertex = quantile_fit(of, level)
-            s = estimate_scale(of, vertex.residuals, of.size, of.size)
+            vertex = quantile_fit(problem, level)
+            s = estimate_scale(problem, vertex.residuals, problem.y_size, problem.y_size)
             found = Estimate(vertex.b, s, vertex.residuals, vertex.converged, vertex.steps)
-            covariance, unique = inference.powell(of, level, vertex.residuals), vertex.unique
+            covariance, unique = inference.powell(problem, level, vertex.residuals), vertex.unique
         elif chi is not None:
-            found, covariance = _mm(of, loss_at_scale, chi, floor, key)
+            found, covariance = _mm(problem, loss_at_scale, chi, floor, key)
             unique = jnp.asarray(covariance.definite)
         else:
-            b = None if start is None else from_coefficients(of, start)
-            joint = free and scale_function is not None
-            found = _m(of, loss_at_scale, estimate_scale, b, convex, joint)
-            covariance = inference.huber_h1(of, loss_at_scale, found)
+            b = None if start is None else coordinates_of(problem, start)
+            joint = has_delta and scale_function is not None
+            found = _m(problem, loss_at_scale, estimate_scale, b, convex, joint)
+            covariance = inference.huber_h1(problem, loss_at_scale, found)
             unique = jnp.asarray(covariance.definite)
-        # Where the scale is given, none was found to be 0.
+        # A scale that is given is never one that was found to be 0.
         exact = (found.scale <= floor) & (chi is not None or scale_function is not None)
-        if method != "interior_point" and free:
-            found = lax.cond(exact, partial(met_exactly, of), lambda found: found, found)
-        scaled = free or method == "mm"
-        return _result(of, loss_at_scale, found, exact, floor, covariance, unique, scaled)
+        if method != "interior_point" and has_delta:
+            found = lax.cond(exact, partial(met_exactly, problem), lambda found: found, found)
+        scaled = has_delta or method == "mm"
+        return _result(problem, loss_at_scale, found, exact, floor, covariance, unique, scaled)
 
-    # The settings by which users find slips in their own code are not for what is meant here.
+    # The user's strict settings for promotion apply to the user's code, not to this.
     allowed = jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard")
     with jax.default_matmul_precision("highest"), allowed[0], allowed[1]:
         if y.ndim == 1:
@@ -223,45 +223,45 @@ def _fit_linear(
 
 
 def _m(
-    of: Problem,
+    problem: Problem,
     loss: LossAtScale,
     estimate_scale: EstimateScale,
     start: Array | None,
     convex: bool,
     joint: bool,
 ) -> Estimate:
-    """The M-estimate, from least squares unless told."""
+    """The M-estimate, from least squares unless a start is given."""
     estimate = partial(m_estimate, convex=convex, joint=joint)
     if start is not None:
-        return estimate(of, loss, estimate_scale, start)
-    # One minimum is found from anywhere, several only from where one starts.
-    sample = subsample(of) if convex else None
+        return estimate(problem, loss, estimate_scale, start)
+    # A convex loss has one minimum, so a start from a subsample leads to the same solution.
+    sample = subsample(problem) if convex else None
     if sample is None:
-        return estimate(of, loss, estimate_scale, least_squares(of, clipped=convex))
+        return estimate(problem, loss, estimate_scale, least_squares(problem, clipped=convex))
     near = estimate(sample, loss, estimate_scale, least_squares(sample, clipped=True))
-    return estimate(of, loss, estimate_scale, near.b, near.scale)
+    return estimate(problem, loss, estimate_scale, near.b, near.scale)
 
 
 def _mm(
-    of: Problem, loss: LossAtScale, chi: Partial, floor: Array, key: Array
+    problem: Problem, loss: LossAtScale, chi: Partial, floor: Array, key: Array
 ) -> tuple[Estimate, inference.Covariance]:
-    """The M-estimate at the scale of the S-estimate, which it starts from."""
-    _, n = inference.counts(of)
-    share = jnp.maximum(0.5 * (1 - of.rank / n), 0.5 / n)
-    initial = s_estimate(of, chi, share, floor, key)
+    """The M-estimate that starts from the S-estimate and keeps its scale."""
+    _, n = inference.counts(problem)
+    share = jnp.maximum(0.5 * (1 - problem.rank / n), 0.5 / n)
+    initial = s_estimate(problem, chi, share, floor, key)
     s = initial.scale
-    found = m_estimate(of, loss, lambda of, r, s, far: s, initial.b, s)
-    # A scale of 0 leaves nothing to improve.
+    found = m_estimate(problem, loss, lambda problem, r, s, distance: s, initial.b, s)
+    # Where the scale is 0, the S-estimate meets its rows exactly and is the result.
     exact = s <= floor
     found = jax.tree.map(lambda x, y: jnp.where(exact, y, x), found, initial)
     found = found._replace(
         converged=found.converged & initial.converged, steps=found.steps + initial.steps
     )
-    return found, inference.after_s(of, loss, chi, 0.5, found, initial)
+    return found, inference.after_s(problem, loss, chi, 0.5, found, initial)
 
 
 def _result(
-    of: Problem,
+    problem: Problem,
     loss: LossAtScale,
     found: Estimate,
     exact: Array,
@@ -270,47 +270,48 @@ def _result(
     unique: Array,
     scaled: bool,
 ) -> LinearFit:
-    """In the user's units; NaN where nothing could be fitted, by a NaN in the data too."""
-    kept = jnp.ones(of.y.shape, bool) if of.keep is None else of.keep
+    """The fit in the user's units; NaN where nothing could be fitted or the data hold a NaN."""
+    row_weights = problem.row_weights()
+    kept = jnp.ones(problem.y.shape, bool) if problem.where is None else problem.where
     sound = jnp.all(jnp.isfinite(found.residuals) | ~kept) & jnp.isfinite(found.scale)
-    sound &= jnp.any(of.each() > 0)
-    sound &= jnp.all(jnp.isfinite(of.each()) & (of.each() >= 0))
+    sound &= jnp.any(row_weights > 0)
+    sound &= jnp.all(jnp.isfinite(row_weights) & (row_weights >= 0))
     sound &= jnp.all(jnp.isfinite(found.b))
-    nan = jnp.where(sound, 0, jnp.nan).astype(of.y.dtype)
+    nan = jnp.where(sound, 0, jnp.nan).astype(problem.y.dtype)
 
-    # What rounding left of 0 is nobody's outlier.
+    # A residual that rounding left of 0 must not be flagged as an outlier of a scale of 0.
     met = jnp.abs(found.residuals) <= jnp.where(exact, floor, 0)
     residuals = jnp.where(met, 0, found.residuals)
     weights = weight(loss(found.scale), residuals)
-    residuals = jnp.where(kept, -of.unit * residuals + nan, jnp.nan)
-    # A scale of 0 is no measure of the errors, unless there are none.
+    residuals = jnp.where(kept, -problem.y_unit * residuals + nan, jnp.nan)
+    # A scale of 0 does not measure the errors, unless all errors are 0.
     perfect = jnp.all(met | ~kept)
-    lost = jnp.where(exact & scaled & ~perfect, jnp.nan, 0)
+    unknown = jnp.where(exact & scaled & ~perfect, jnp.nan, 0)
     matrix, errors = (
-        jnp.where(exact & perfect, 0 * x, x) + nan + lost
+        jnp.where(exact & perfect, 0 * x, x) + nan + unknown
         for x in (covariance.matrix, covariance.standard_errors)
     )
-    told = of.told
-    matrix = jnp.where(told[:, None] & told, matrix, jnp.nan)
-    raw = coefficients(of, found.b) + nan
+    identifiable = problem.identifiable
+    matrix = jnp.where(identifiable[:, None] & identifiable, matrix, jnp.nan)
+    raw = coefficients_of(problem, found.b) + nan
     return LinearFit(
-        raw[1:] if of.intercept else raw,
-        raw[0] if of.intercept else jnp.zeros_like(raw, shape=()),
-        jnp.where(exact, 0, of.unit * found.scale) + nan,
+        raw[1:] if problem.intercept else raw,
+        raw[0] if problem.intercept else jnp.zeros_like(raw, shape=()),
+        jnp.where(exact, 0, problem.y_unit * found.scale) + nan,
         jnp.where(kept, weights + nan, 0),
         residuals,
         matrix,
         found.converged & sound,
         found.steps,
-        unique & jnp.all(told),
+        unique & jnp.all(identifiable),
         errors,
     )
 
 
-def _shares(weights: ArrayLike, n: int, where: ArrayLike | None) -> Array:
+def _relative(weights: ArrayLike, n: int, where: ArrayLike | None) -> Array:
     """Weights of which the largest is near 1, since only their ratios count; NaN where invalid."""
-    w, _ = ratios(weights, (n,), where, (0,))
-    return relative(w, (0,))[0]
+    given, _ = ratios(weights, (n,), where, (0,))
+    return relative(given, (0,))[0]
 
 
 def _data(X: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:

@@ -1,10 +1,10 @@
-"""M-estimates: reweighted least squares until it is close, then Newton's method.
+"""M-estimates: reweighted least squares until the solution is close, then Newton's method.
 
-At a fixed scale a step of reweighted least squares cannot raise the objective, whatever the loss,
-but it shortens the distance to the solution by a constant factor only. Newton's method squares the
-distance. A Newton step that does not lower the objective is taken back, and a step of reweighting
-follows. Where the scale is estimated too, steps that hold it fixed converge slowly again; near the
-end Newton's steps therefore move the coefficients and the scale together.
+At a fixed scale, a step of reweighted least squares cannot raise the objective, whatever the loss
+is, but it shortens the distance to the solution only by a constant factor. Newton's method squares
+the distance. A Newton step that raises the objective is taken back, and a step of reweighting
+follows. Where the scale is estimated too, steps that hold the scale fixed would converge slowly
+again. Near the end, Newton's steps therefore move the coefficients and the scale together.
 
 The loop ends when the equations of the coefficients, evaluated at the coefficients and the scale
 that are returned, hold to rounding. That evaluation is what `converged` reports.
@@ -24,62 +24,70 @@ from robustloss._regression import (
     Estimate,
     LossAtScale,
     Problem,
-    both_predictions,
-    crossed,
+    cross_product,
     dependent_columns,
     gram,
-    part,
     predictions,
     solve,
-    spaced,
-    sums,
+    spaced_rows,
+    subset,
+    sum_over_rows,
+    two_predictions,
 )
 from robustloss.views import curvature, influence, weight
 
 EstimateScale = Callable[[Problem, Array, Array, Array], Array]
-"""Of residuals, the last scale, and how far off it may be: their scale, or closer to it."""
+"""`estimate_scale(problem, residuals, last, distance)`: the scale of the residuals, or a step
+towards it from the last scale, which is about this distance away."""
 
-MANY = 2**16  # rows, for which a part of them shows where to start
-_PART = 2**13  # rows of that part
+MANY_ROWS = 2**16  # from here on, a subsample shows where to start
+_SUBSAMPLE = 2**13  # rows of it
 _STEPS = 500
-_CLIP = 1e4  # sizes of y: a start farther off than this costs steps and digits
-_REACH = 30.0  # of a row, of which a typical one has the length 1
-# Of the sum of |psi| |q|: an imbalance that sums of many rounded terms can leave.
-_BALANCE = 0.75  # a power of eps
-# Rounding of the residuals may hide at most this part of the pulls, or nothing can be verified.
+_SMALL = 0.75  # power of eps: a relative error that sums of many rounded terms can have
+# In sizes of y: a start that one wild value moves farther costs steps and digits.
+_FARTHEST_START = 1e4
+# A row that is longer, where a typical row has the length 1, hides the equations of the others.
+_LONGEST_ROW = 30.0
+# Where the rounding of the residuals may change more than this part of the influences, nothing
+# can be verified.
 _BLUR = 0.25
-# Coefficients of rows of unit size move about as much as the scale that they follow. Much more, and
-# the matrix of curvatures is nearly singular: too few rows are near the fit to tell.
-_STIFFEST = 1e3
-_STEEPEST = 0.995  # slope of the scale in itself, up to which the solution is looked for ahead
+# Coefficients of rows of unit size move about as much as the scale. Where they would move much
+# more, the matrix of curvatures is nearly singular: too few rows near the fit determine them.
+_STEEPEST = 1e3
+_STEEPEST_SCALE = 0.995  # derivative of the scale estimate by the scale; above, steps are cut
 _SECANTS = 8
-_LARGE = 0.02  # scales, for a step that need not be the last
-_FEW = 8  # steps, after which those that are still large may be as small as they become
+# Scales: after a longer step, the sums that tell whether the fit has converged are left out; but
+# not after so many steps, which may be as short as they become.
+_LONG_STEP = 0.02
+_FEW_STEPS = 8
+# Scales: the first Newton step of a loss with several minima is at most this long, because a
+# longer one could lead to another minimum than the nearest.
+_NEWTON_STEP = 0.1
 
 
-def least_squares(of: Problem, *, clipped: bool = False) -> Array:
-    """To start from: its rounding is not refined. `clipped`: without the wildest values of y."""
-    y = of.y
+def least_squares(problem: Problem, *, clipped: bool = False) -> Array:
+    """Least squares to start from. `clipped`: with the wildest values of y cut off."""
+    y = problem.y
     if clipped:
-        limit = _CLIP * jnp.where(of.size > 0, of.size, 1)
+        limit = _FARTHEST_START * jnp.where(problem.y_size > 0, problem.y_size, 1)
         y = jnp.clip(y, -limit, limit)
 
-    def terms(q: Array, each: Array, y: Array) -> tuple[Array, Array]:
-        return gram(q, each), q.T @ (each * y)
+    def terms(q: Array, weights: Array, y: Array) -> tuple[Array, Array]:
+        return gram(q, weights), q.T @ (weights * y)
 
-    return solve(*sums(of, terms, y))
+    return solve(*sum_over_rows(problem, terms, y))
 
 
-def subsample(of: Problem) -> Problem | None:
-    """A part of the rows, if they are many: where a convex problem may start from."""
-    n = len(of.y)
-    if n < MANY:
+def subsample(problem: Problem) -> Problem | None:
+    """A part of the rows, if rows are many: a convex problem may start from its solution."""
+    n = len(problem.y)
+    if n < MANY_ROWS:
         return None
-    return part(of, spaced(of.counted(), n, _PART))
+    return subset(problem, spaced_rows(problem.weighted_rows(), n, _SUBSAMPLE))
 
 
 class Equations(NamedTuple):
-    """What a step is computed from, at some coefficients and their scale."""
+    """`sum(psi(r) q) = 0` at some coefficients and their scale."""
 
     normal: Array
     """(k, k) the sum of `psi'(r) q q'`, or of `w(r) q q'` for a step of reweighting"""
@@ -89,139 +97,185 @@ class Equations(NamedTuple):
     """whether the sum of `psi(r) q` is 0 to rounding"""
 
 
+class LastStep(NamedTuple):
+    """What the last step tells about the equations that it led to."""
+
+    change: Array
+    """(n,) of the residuals"""
+    short: Array
+    """a change of the residuals that counts as none"""
+    candidate: Array
+    """whether the equations may be balanced; where False, this is not computed"""
+
+
 def _equations(
-    of: Problem,
+    problem: Problem,
     loss: Callable[..., Array],
-    at: tuple[Array, Array, Array],
+    b: Array,
+    r: Array,
+    s: Array,
     newton: Array,
-    last: tuple[Array, Array, Array],
+    last: LastStep,
     joint: bool,
 ) -> Equations:
-    """The equations `sum(psi(r) q) = 0` at the b, r and s of `at`.
+    """The equations at coefficients b, residuals r and scale s.
 
-    `last` is how far the last step moved the residuals, what counts as still, and whether the
-    equations may be balanced: where not, that is not computed.
-
-    They count as balanced where each is 0 to rounding, relative to the sum of |psi| |q|. Rounding
-    changes a residual by eps (|y| + |r| + |q b|), and psi by psi' times that: a row whose influence
-    has levelled off blurs nothing, however far away it is. Where that blur hides the pulls
-    themselves, as at a scale below the rounding of the data, nothing can be verified and the answer
-    is no, unless every row that has an influence is met.
+    They are balanced where each sum is 0 to rounding, relative to the sum of |psi| |q|. Rounding
+    changes a residual by eps (|y| + |r| + |q b|), and psi by psi' times that. So a row whose
+    influence has levelled off adds no rounding error, however far away it is. Where rounding may
+    change the influences themselves, as at a scale below the rounding of the data, nothing can be
+    verified, and the equations are not balanced unless every row with an influence is met exactly.
 
     A row that is far out in X and has an influence hides the equations of the others behind its
-    own. So rows count no more than if they were at most `_REACH` away; or else the last step must
-    have moved no row by more than `still`, or rounding.
+    own. So rows count as if they were no longer than `_LONGEST_ROW`; or else the last step must
+    have changed no residual by more than `last.short`, or rounding.
     """
-    b, r, s = at
-    moved, still, candidate = last
-    k = len(of.constants)
-    typical = of.typical_size(b)
+    k = len(problem.constants)
+    typical = problem.typical_size(b)
 
-    def terms(q: Array, each: Array, r: Array, y: Array, moved: Array) -> tuple[Array, ...]:
-        def counted(x: Array) -> Array:
-            return jnp.where(each > 0, each * x, 0)
+    def terms(q: Array, weights: Array, r: Array, y: Array, change: Array) -> tuple[Array, ...]:
+        def weighted(x: Array) -> Array:
+            return jnp.where(weights > 0, weights * x, 0)
 
         psi, bend = influence(loss, r), curvature(loss, r)
         curve = jnp.where(newton, bend, weight(loss, r))
-        pull = counted(psi)
+        pull = weighted(psi)
 
         def sizes() -> tuple[Array, Array]:
-            far = jnp.maximum(1, jnp.max(jnp.abs(q), axis=1))
-            near = jnp.minimum(1, _REACH / far)
-            rounding = jnp.finfo(r.dtype).eps * (jnp.abs(y) + jnp.abs(r) + typical * far)
-            pulls, blurs = jnp.abs(pull), counted(jnp.abs(bend)) * rounding
+            length = jnp.maximum(1, jnp.max(jnp.abs(q), axis=1))
+            shortened = jnp.minimum(1, _LONGEST_ROW / length)
+            rounding = jnp.finfo(r.dtype).eps * (jnp.abs(y) + jnp.abs(r) + typical * length)
+            pulls, blurs = jnp.abs(pull), weighted(jnp.abs(bend)) * rounding
             met = jnp.abs(r) <= 8 * rounding
-            moves = ~(jnp.abs(moved) <= still + 8 * rounding)
-            rows = (each > 0) & met, (pull != 0) & ~met, (each > 0) & moves
-            over_rows = joint_sums(pulls * far, blurs * far, *(x.astype(r.dtype) for x in rows))
-            columns = crossed(jnp.abs(q), jnp.column_stack([near * pulls, near * blurs]))
-            return columns, jnp.stack(over_rows)
+            moves = ~(jnp.abs(change) <= last.short + 8 * rounding)
+            rows = (weights > 0) & met, (pull != 0) & ~met, (weights > 0) & moves
+            totals = joint_sums(pulls * length, blurs * length, *(x.astype(r.dtype) for x in rows))
+            columns = jnp.column_stack([shortened * pulls, shortened * blurs])
+            return cross_product(jnp.abs(q), columns), jnp.stack(totals)
 
-        nothing = jnp.zeros((k, 2), r.dtype), jnp.zeros(5, r.dtype)
+        zeros = jnp.zeros((k, 2), r.dtype), jnp.zeros(5, r.dtype)
         if joint:  # in one pass
-            columns = counted(curve)[:, None] * q, pull, counted((psi - curve * r) / s)
-            found = crossed(q, jnp.column_stack(columns))
+            by_scale = weighted((psi - curve * r) / s)
+            columns = jnp.column_stack([weighted(curve)[:, None] * q, pull, by_scale])
+            sums = cross_product(q, columns)
         else:  # faster with the many starts of an S-estimate, which share q
-            found = jnp.column_stack([gram(q, counted(curve)), q.T @ pull])
-        return found, *lax.cond(candidate, sizes, lambda: nothing)
+            sums = jnp.column_stack([gram(q, weighted(curve)), q.T @ pull])
+        return sums, *lax.cond(last.candidate, sizes, lambda: zeros)
 
-    found, columns, over_rows = sums(of, terms, r, of.y, moved)
-    normal, right = found[:, :k], found[:, k:]
+    sums, columns, totals = sum_over_rows(problem, terms, r, problem.y, last.change)
+    normal, right = sums[:, :k], sums[:, k:]
     pulls, blurs = columns.T
-    far_pulls, far_blurs, met, missed, moves = over_rows
-    clear = jnp.all((pulls > 0) & (blurs <= _BLUR * pulls) | dependent_columns(of))
-    clear |= (missed == 0) & (met >= of.rank)
-    part, total = jnp.finfo(r.dtype).eps ** _BALANCE, jnp.abs(right[:, 0])
-    holds = jnp.all(total <= part * pulls + blurs)
-    holds |= (moves == 0) & jnp.all(total <= part * far_pulls + far_blurs)
-    return Equations(normal, right, candidate & clear & holds)
+    long_pulls, long_blurs, met, missed, moving = totals
+    clear = jnp.all((pulls > 0) & (blurs <= _BLUR * pulls) | dependent_columns(problem))
+    clear |= (missed == 0) & (met >= problem.rank)
+    small, imbalance = jnp.finfo(r.dtype).eps ** _SMALL, jnp.abs(right[:, 0])
+    balanced = jnp.all(imbalance <= small * pulls + blurs)
+    balanced |= (moving == 0) & jnp.all(imbalance <= small * long_pulls + long_blurs)
+    return Equations(normal, right, last.candidate & clear & balanced)
 
 
 def _objective_change(
-    of: Problem, loss: Callable[..., Array], r: Array, new: Array, moved: Array
+    problem: Problem, loss: Callable[..., Array], r: Array, new: Array, change: Array
 ) -> tuple[Array, Array]:
-    """By how much the objective rises from r to `new`, and what rounding may have added.
+    """By how much the objective rises from residuals r to `new`, and how far rounding reaches.
 
-    `moved` is `new - r`, known without the rounding of either. Where it is a small part of r, the
-    change is taken from the influences, so that a row that is far away does not blur it.
+    `change` is `new - r` without the rounding of either. Where it is a small part of r, the rise
+    is computed from the influences, so that a row that is far away adds no rounding error.
     """
-    each = of.each()
+    weights = problem.row_weights()
     before, after = loss(r), loss(new)
     pull, new_pull = influence(loss, r), influence(loss, new)
-    near = jnp.abs(moved) <= 2.0**-8 * jnp.abs(r)
-    change = jnp.where(near, 0.5 * moved * (pull + new_pull), after - before)
+    small = jnp.abs(change) <= 2.0**-8 * jnp.abs(r)
+    rise = jnp.where(small, 0.5 * change * (pull + new_pull), after - before)
     largest = jnp.maximum(jnp.abs(pull), jnp.abs(new_pull))
-    size = jnp.where(near, jnp.abs(moved) * largest, before + after)
-    change, size = joint_sums(*(jnp.where(each > 0, each * x, 0) for x in (change, size)))
-    return change, 16 * jnp.finfo(r.dtype).eps * size
+    size = jnp.where(small, jnp.abs(change) * largest, before + after)
+    rise, size = joint_sums(*(jnp.where(weights > 0, weights * x, 0) for x in (rise, size)))
+    return rise, 16 * jnp.finfo(r.dtype).eps * size
 
 
 def _follow_scale(
-    scale: Callable[..., Array], s: Array, r: Array, v: Array, size: Array, may: Array
+    scale_of: Callable[..., Array], s: Array, r: Array, v: Array, distance: Array, follow: Array
 ) -> tuple[Array, Array]:
     """The change t of s at which residuals `r - t v` have the scale s + t, by secants; their scale.
 
-    t is 0 unless it `may` be followed. `size` is how far r has moved.
+    t is 0 unless `follow`. `distance` is how far r has moved.
     """
 
     class Search(NamedTuple):
-        steps: Array
+        secants: Array
         t: Array  # where the scale is evaluated next
-        best: Array
+        best: Array  # the t with the smallest excess
         excess: Array  # of the scale over s + t, at the best t
-        first: Array  # the excess at t = 0
-        there: Array  # the scale at the best t
-        slope: Array
-        far: Array
+        first_excess: Array  # at t = 0
+        scale: Array  # at the best t
+        distance: Array  # between the best t and the next
 
-    # One loop, of which the scale is a part once: it is most of what there is to compile.
-    def step(at: Search) -> Search:
-        there = scale(jnp.where(at.t == 0, r, r - at.t * v), s + at.t, at.far)
-        excess = there - (s + at.t)
-        start = at.steps == 0
-        apart = jnp.where(start, 1, at.t - at.best)
-        slope = jnp.where(start, 0, 1 + (excess - at.excess) / jnp.where(apart == 0, 1, apart))
-        better = start | (jnp.abs(excess) < jnp.abs(at.excess))
+    # One loop, in which the scale is evaluated in one place: the scale is most of what the
+    # compiler has to compile.
+    def secant(at: Search) -> Search:
+        scale = scale_of(jnp.where(at.t == 0, r, r - at.t * v), s + at.t, at.distance)
+        excess = scale - (s + at.t)
+        first = at.secants == 0
+        run = jnp.where(first, 1, at.t - at.best)
+        slope = jnp.where(first, 0, 1 + (excess - at.excess) / jnp.where(run == 0, 1, run))
+        better = first | (jnp.abs(excess) < jnp.abs(at.excess))
         best, least = jnp.where(better, at.t, at.best), jnp.where(better, excess, at.excess)
-        ahead = best + least / (1 - jnp.clip(slope, -2, _STEEPEST))
-        ahead = jnp.clip(ahead, -0.9 * s, 2 * s)
+        t = best + least / (1 - jnp.clip(slope, -2, _STEEPEST_SCALE))
+        t = jnp.clip(t, -0.9 * s, 2 * s)  # so that the scale stays positive
         return Search(
-            at.steps + 1, ahead, best, least, jnp.where(start, excess, at.first),
-            jnp.where(better, there, at.there), slope, jnp.abs(ahead - best),
+            at.secants + 1, t, best, least, jnp.where(first, excess, at.first_excess),
+            jnp.where(better, scale, at.scale), jnp.abs(t - best),
         )  # fmt: skip
 
     def goes_on(at: Search) -> Array:
-        unsolved = jnp.abs(at.excess) > 0.1 * jnp.abs(at.first)
-        return (at.steps == 0) | (may & ((at.steps < 3) | (unsolved & (at.steps < _SECANTS))))
+        unsolved = jnp.abs(at.excess) > 0.1 * jnp.abs(at.first_excess)
+        more = (at.secants < 3) | (unsolved & (at.secants < _SECANTS))
+        return (at.secants == 0) | (follow & more)
 
     zero = jnp.zeros_like(s)
-    begin = Search(jnp.int32(0), zero, zero, zero, zero, s, zero, size)
-    end = lax.while_loop(goes_on, step, begin)
-    return end.best, end.there
+    begin = Search(jnp.int32(0), zero, zero, zero, zero, s, distance)
+    end = lax.while_loop(goes_on, secant, begin)
+    return end.best, end.scale
+
+
+class _State(NamedTuple):
+    """Where an M-estimate is after some steps."""
+
+    b: Array
+    r: Array
+    s: Array
+    equations: Equations
+    steps: Array
+    step_size: Array  # of the last step accepted
+    newton: Array  # whether the equations are those of a Newton step
+    newton_limit: Array  # scales: after a step up to this size, Newton's is next
+    follow_limit: Array  # scales: a Newton step up to this size follows the scale
+    followed: Array  # whether the last step did
+    converged: Array
+
+
+class _Move(NamedTuple):
+    """A step that may be accepted."""
+
+    b: Array
+    r: Array
+    s: Array
+    change: Array  # of the residuals, without the rounding of either
+    size: Array  # the largest change of a coefficient
+    followed: Array
+
+
+def _acceptable(problem: Problem, loss: LossAtScale, at: _State, new: _Move) -> Array:
+    """Whether to take a step: any of reweighting, and Newton's if the objective does not rise."""
+    rise, rounding = _objective_change(problem, loss(at.s), at.r, new.r, new.change)
+    # Where no row is near the fit, there is no curvature to divide by.
+    curved = jnp.diagonal(at.equations.normal) > 0
+    regular = jnp.all(curved | dependent_columns(problem))
+    return ~at.newton | (regular & (new.followed | (rise <= rounding)))
 
 
 def m_estimate(
-    of: Problem,
+    problem: Problem,
     loss: LossAtScale,
     estimate_scale: EstimateScale,
     start: Array,
@@ -231,117 +285,107 @@ def m_estimate(
     convex: bool = False,
     joint: bool = False,
 ) -> Estimate:
-    """The b at which `sum(psi(q b - y; s) q) = 0` with `s = estimate_scale(of, q b - y, s)`.
+    """The b at which `sum(psi(r; s) q) = 0`, `r = q b - y` and `s = estimate_scale(problem, r, s)`.
 
     `estimate_scale` must be positive. `convex`: the loss is known to be. `joint`: Newton's steps
     are of b and s together, for a scale that is a function of the residuals alone and a loss whose
-    unit it is; else each step takes s as fixed. Converged means that both equations hold to
+    unit is the scale; else each step takes s as fixed. Converged means that both equations hold to
     rounding at the b and s returned.
     """
-    k, dtype = len(of.constants), of.y.dtype
-    tolerance = jnp.finfo(dtype).eps ** 0.75
-    dependent = dependent_columns(of)
-    guess = of.size if s is None else s
+    k, dtype = len(problem.constants), problem.y.dtype
+    tolerance = jnp.finfo(dtype).eps ** _SMALL
+    guess = problem.y_size if s is None else s
 
-    class State(NamedTuple):
-        b: Array
-        r: Array
-        s: Array
-        equations: Equations
-        steps: Array
-        moved: Array
-        newton: Array
-        limit: Array  # of a step, in units of s, below which Newton's may be next
-        near: Array  # the same for one that follows the scale
-        followed: Array
-        rest: Array
-
-    # The first step moves nothing: it is there to compute the residuals, the scale and the
-    # equations, which a program would else contain twice.
-    def step(at: State) -> State:
-        first = at.steps < 0
-        normal = at.equations.normal
-        moves = solve(normal, at.equations.right)
-        move, t = moves[:, 0], jnp.zeros_like(at.s)
-        size = jnp.where(first, guess, jnp.max(jnp.abs(move)))
+    def move(at: _State, first: Array) -> _Move:
+        """The step that the equations ask for."""
+        moves = solve(at.equations.normal, at.equations.right)
+        step = moves[:, 0]
+        size = jnp.where(first, guess, jnp.max(jnp.abs(step)))
         if not joint:
-            r, change = both_predictions(of, at.b - move, move)
-            r, change = r - of.y, -change
-            s = estimate_scale(of, r, at.s, size)
-        else:
-            by_scale = moves[:, 1]
-            r, v = both_predictions(of, at.b - move, by_scale)
-            r = r - of.y
-            regular = jnp.max(jnp.abs(by_scale)) <= _STIFFEST
-            may = at.newton & regular & (size <= at.near * at.s)
-            t, s = _follow_scale(partial(estimate_scale, of), at.s, r, v, size, may)
-            move, r = move + t * by_scale, jnp.where(t == 0, r, r - t * v)
-            change = r - at.r
-        follows = t != 0
-        rise, noise = _objective_change(of, loss(at.s), at.r, r, change)
-        # Where no row is near the fit there is no curvature to divide by.
-        flat = jnp.any((jnp.diagonal(normal) <= 0) & ~dependent)
-        taken = ~at.newton | (~flat & (follows | (rise <= noise)))
-        moved = jnp.where(first, jnp.inf, jnp.max(jnp.abs(move)))
-        # From afar, a loss with several minima could be led from the nearest to another; and
-        # where its curvature jumps, round in circles.
-        slow = ~(taken & (moved <= 0.5 * at.moved))
-        lost = at.newton & ~follows & slow & (at.limit < jnp.inf)
-        limit = jnp.where(lost, 0.1 * at.limit, at.limit)
-        circles = at.followed & (moved > 0.9 * at.moved)
-        near = jnp.where(circles, 0.1, jnp.where(slow, 1, 4)) * at.near
-        # Of a step of Newton's, the distance left is about the square, and a part of another's.
-        still = jnp.where(at.newton, tolerance**0.5, tolerance) * s
-        same_scale = jnp.abs(s - at.s) <= tolerance * s
+            r, change = two_predictions(problem, at.b - step, step)
+            r = r - problem.y
+            s = estimate_scale(problem, r, at.s, size)
+            return _Move(at.b - step, r, s, -change, size, jnp.asarray(False))
+        by_scale = moves[:, 1]
+        r, v = two_predictions(problem, at.b - step, by_scale)
+        r = r - problem.y
+        regular = jnp.max(jnp.abs(by_scale)) <= _STEEPEST
+        follow = at.newton & regular & (size <= at.follow_limit * at.s)
+        t, s = _follow_scale(partial(estimate_scale, problem), at.s, r, v, size, follow)
+        step, r = step + t * by_scale, jnp.where(t == 0, r, r - t * v)
+        return _Move(at.b - step, r, s, r - at.r, jnp.max(jnp.abs(step)), t != 0)
 
-        b, r, s, moved, near, follows = (
-            jnp.where(taken, new, old)
-            for new, old in [
-                (at.b - move, at.b), (r, at.r), (s, at.s), (moved, at.moved), (near, at.near),
-                (follows, at.followed),
-            ]
+    # The first step moves nothing: it computes the residuals, their scale and the equations, which
+    # the program would else contain twice.
+    def iterate(at: _State) -> _State:
+        first = at.steps < 0
+        new = move(at, first)
+        accepted = _acceptable(problem, loss, at, new)
+        size = jnp.where(first, jnp.inf, new.size)
+        # From afar, Newton's steps for a loss with several minima could lead from the nearest to
+        # another minimum. Where the curvature jumps, they could go round in circles.
+        slow = ~(accepted & (size <= 0.5 * at.step_size))
+        astray = at.newton & ~new.followed & slow & (at.newton_limit < jnp.inf)
+        newton_limit = jnp.where(astray, 0.1 * at.newton_limit, at.newton_limit)
+        cycling = at.followed & (size > 0.9 * at.step_size)
+        follow_limit = at.follow_limit * jnp.where(cycling, 0.1, jnp.where(slow, 1, 4))
+        # The distance left is about the square of a Newton step, and a part of another step.
+        short = jnp.where(at.newton, tolerance**0.5, tolerance) * new.s
+        same_scale = jnp.abs(new.s - at.s) <= tolerance * new.s
+
+        b, r, s, size, follow_limit, followed = (
+            jnp.where(accepted, x, y)
+            for x, y in zip(
+                (new.b, new.r, new.s, size, follow_limit, new.followed),
+                (at.b, at.r, at.s, at.step_size, at.follow_limit, at.followed),
+                strict=True,
+            )
+        )
+        newton = accepted & (size <= newton_limit * s)
+        candidate = accepted & ((size <= _LONG_STEP * s) | (at.steps > _FEW_STEPS))
+        last = LastStep(jnp.where(first, jnp.inf, new.change), short, candidate)
+        equations = _equations(problem, loss(s), b, r, s, newton, last, joint)
+        converged = equations.balanced & (joint | same_scale)
+        return _State(
+            b, r, s, equations, at.steps + 1, size, newton, newton_limit, follow_limit, followed,
+            converged,
         )  # fmt: skip
-        newton = taken & (moved <= limit * s)
-        # A large step need not be followed by the sums that tell whether it was the last.
-        candidate = taken & ((moved <= _LARGE * s) | (at.steps > _FEW))
-        last = jnp.where(first, jnp.inf, change), still, candidate
-        equations = _equations(of, loss(s), (b, r, s), newton, last, joint)
-        rest = equations.balanced & (joint | same_scale)
-        return State(b, r, s, equations, at.steps + 1, moved, newton, limit, near, follows, rest)
 
-    def goes_on(at: State) -> Array:
-        return ~at.rest & (at.steps < steps) & jnp.all(jnp.isfinite(at.b))
+    def goes_on(at: _State) -> Array:
+        return ~at.converged & (at.steps < steps) & jnp.all(jnp.isfinite(at.b))
 
-    no = jnp.asarray(False)
-    nothing = Equations(jnp.eye(k, dtype=dtype), jnp.zeros((k, 1 + joint), dtype), no)
-    limit = jnp.asarray(jnp.inf if convex else 0.1, dtype)
-    begin = State(
-        start, jnp.zeros_like(of.y), guess, nothing, jnp.int32(-1), jnp.full((), jnp.inf, dtype),
-        no, limit, jnp.ones((), dtype) / 4, no, no,
+    no, infinity = jnp.asarray(False), jnp.full((), jnp.inf, dtype)
+    still = Equations(jnp.eye(k, dtype=dtype), jnp.zeros((k, 1 + joint), dtype), no)
+    newton_limit = infinity if convex else jnp.asarray(_NEWTON_STEP, dtype)
+    follow_limit = jnp.ones((), dtype) / 4  # 1 after the first step
+    begin = _State(
+        start, jnp.zeros_like(problem.y), guess, still, jnp.int32(-1), infinity, no, newton_limit,
+        follow_limit, no, no,
     )  # fmt: skip
-    end = lax.while_loop(goes_on, step, begin)
+    end = lax.while_loop(goes_on, iterate, begin)
     finite = jnp.all(jnp.isfinite(end.b)) & jnp.isfinite(end.s)
-    return Estimate(end.b, end.s, end.r, end.rest & finite, end.steps)
+    return Estimate(end.b, end.s, end.r, end.converged & finite, end.steps)
 
 
-def met_exactly(of: Problem, found: Estimate) -> Estimate:
-    """The fit through the rows that are met, where these are so many that the scale is 0.
+def met_exactly(problem: Problem, found: Estimate) -> Estimate:
+    """The fit through the rows that are met exactly, where these are so many that the scale is 0.
 
-    The M-estimate at a scale next to 0 is off it by a part of that scale.
+    The M-estimate at a scale near 0 differs from this fit by a part of that scale.
     """
 
     def refine(_: int, b: Array) -> Array:
-        r = predictions(of, b) - of.y
+        r = predictions(problem, b) - problem.y
 
-        def terms(q: Array, each: Array, r: Array, met: Array) -> Array:
-            each = jnp.where(met, each, 0)
-            return jnp.column_stack([gram(q, each), q.T @ jnp.where(each > 0, each * r, 0)])
+        def terms(q: Array, weights: Array, r: Array, met: Array) -> Array:
+            weights = jnp.where(met, weights, 0)
+            right = q.T @ jnp.where(weights > 0, weights * r, 0)
+            return jnp.column_stack([gram(q, weights), right])
 
-        equations = sums(of, terms, r, met)
-        move = solve(equations[:, :-1], equations[:, -1])
-        told = jnp.max(jnp.abs(move)) <= _STIFFEST * found.scale
-        return jnp.where(told, b - move, b)
+        equations = sum_over_rows(problem, terms, r, met)
+        step = solve(equations[:, :-1], equations[:, -1])
+        determined = jnp.max(jnp.abs(step)) <= _STEEPEST * found.scale
+        return jnp.where(determined, b - step, b)
 
     met = jnp.abs(found.residuals) <= 4 * found.scale
     b = lax.fori_loop(0, 2, refine, found.b)
-    return found._replace(b=b, residuals=predictions(of, b) - of.y)
+    return found._replace(b=b, residuals=predictions(problem, b) - problem.y)

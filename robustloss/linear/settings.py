@@ -115,7 +115,7 @@ def redescends(loss: Loss) -> bool | None:
     return bool(max(sizes[0], sizes[-1]) < 0.01 * np.nanmax(sizes))
 
 
-def convex(loss: Loss) -> bool:
+def is_convex(loss: Loss) -> bool:
     """Whether the influence is known never to fall, so that a fit has one minimum."""
     pulls = _influences(loss)
     if pulls is None:
@@ -216,19 +216,21 @@ def residual_scale(
             raise ValueError(f"scale must be a number, a function or one of {known}, got {scale!r}")
         scale = partial(scales.proposal2, k=1.345) if scale == "proposal2" else vars(scales)[scale]
     if scale is scales.mad:
-        scale = scales.mad_near
+        scale = scales._mad_from_guess
     if weighted and not takes(scale, "weights"):
         raise ValueError(f"weights were given, but the scale {_base(scale).__name__} takes none")
     return with_leaves(scale), 1.0
 
 
-def scale_of(scale: Partial, r: Array, of: Problem, s: Array, far: Array) -> Array:
-    """Of residuals about 0, with what else is known that the function takes.
-
-    Most likely it is within `far` of s.
-    """
-    known: dict[str, Any] = {"center": 0.0, "where": of.keep, "weights": of.w, "ddof": of.rank}
-    known["guess"] = s, far
+def scale_of(scale: Partial, r: Array, problem: Problem, s: Array, distance: Array) -> Array:
+    """The scale of residuals about 0, most likely within `distance` of s."""
+    known: dict[str, Any] = {
+        "center": 0.0,
+        "guess": (s, distance),
+        "where": problem.where,
+        "weights": problem.weights,
+        "ddof": problem.rank,
+    }
     found = scale(r, **{name: x for name, x in known.items() if takes(scale.func, name)})
     if jnp.shape(found) != ():
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The families of losses. A name in a family's `__all__` is a loss; there is no other list."""
+"""The families of losses. A loss is a name in a family's `__all__`; there is no other list."""
 
 from collections.abc import Callable
 from types import MappingProxyType

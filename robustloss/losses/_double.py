@@ -1,8 +1,8 @@
-"""Arithmetic whose rounding is known: double words, and numbers with an exponent of their own.
+"""Arithmetic with known rounding errors: double words, and numbers with a separate exponent.
 
-A double word is a number and what rounding took from it. A compiler may fuse a product into a sum
-and so skip the rounding of the product: below, every product in a sum is one of half significands,
-which is exact either way.
+A double word is a result x and its rounding error, so that x + error is exact or nearly so. A
+compiler may fuse a product into a sum and so skip the rounding of the product. Here every product
+in a sum has factors of half the digits, so that it is exact with and without fusion.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from jax.typing import ArrayLike
 
 
 def product(x: Array, y: Array) -> tuple[Array, Array]:
-    """`x * y` rounded to one bit less than x has, and what that took from it."""
+    """`x * y`, rounded to one bit less than the type has, and its rounding error."""
     info = jnp.finfo(x.dtype)
     p = lax.reduce_precision(x * y, info.nexp, info.nmant - 1)
     return p, -_minus_product(p, x, y)
 
 
 def quotient(x: Array, y: Array) -> tuple[Array, Array]:
-    """`x / y` for finite x and y > 0, and what rounding took from it."""
-    unit, _ = _unit(y)  # lest a product under- or overflows
+    """`x / y` and its rounding error, for finite x and y > 0."""
+    unit, _ = _unit_and_exponent(y)  # with which no product under- or overflows
     x, y = x * unit, y * unit
     q = x / y
     return q, _minus_product(x, q, y) / y
 
 
 def _minus_product(z: Array, x: Array, y: Array) -> Array:
-    """`z - x y` for a z that is next to it."""
+    """`z - x y` without rounding error, for a z next to the product."""
     info = jnp.finfo(x.dtype)
 
     def halves(x: Array) -> tuple[Array, Array]:
@@ -49,9 +49,9 @@ def _minus_product(z: Array, x: Array, y: Array) -> Array:
 
 
 def sum_of_two(x: Array, y: Array) -> tuple[Array, Array]:
-    """`x + y` rounded to one bit less than x has, and what that took from it, for |x| >= |y|.
+    """`x + y`, rounded to one bit less than the type has, and its rounding error, for |x| >= |y|.
 
-    Without the bit less, a compiler would take (y + 2) - 2 for y.
+    Without the explicit rounding, a compiler would simplify (y + 2) - 2 to y.
     """
     info = jnp.finfo(y.dtype)
     s = lax.reduce_precision(x + y, info.nexp, info.nmant - 1)
@@ -59,27 +59,26 @@ def sum_of_two(x: Array, y: Array) -> tuple[Array, Array]:
 
 
 def quotient_near_1(x: Array, y: Array) -> tuple[Array, Array]:
-    """`x / y` and what rounding took from it, for numbers near 1."""
+    """`x / y` and its rounding error, for numbers near 1."""
     q = x / y
-    p, lost = product(q, y)
-    return q, ((x - p) - lost) / y
+    p, error = product(q, y)
+    return q, ((x - p) - error) / y
 
 
-def careful_ratio(r: Array, delta: Array) -> tuple[Array, Array, Array, Array, Array, Array]:
-    """t = min(|r|, delta) / max(|r|, delta), t**2 and 1 + t**2, and what rounding took from each.
+def ratio_with_errors(r: Array, delta: Array) -> tuple[Array, Array, Array, Array, Array, Array]:
+    """t = min(|r|, delta) / max(|r|, delta), t**2 and 1 + t**2, and their relative rounding errors.
 
-    What was taken is relative to the number. For formulas that take high powers of them, which
-    would multiply it.
+    A formula with a high power of one of these numbers multiplies its error, and so corrects it.
     """
-    a, delta = finite(jnp.abs(r)), finite(delta)
-    t, lost_t = quotient(jnp.minimum(a, delta), jnp.maximum(a, delta))
+    a, delta = clamped_to_finite(jnp.abs(r)), clamped_to_finite(delta)
+    t, t_error = quotient(jnp.minimum(a, delta), jnp.maximum(a, delta))
     t = jnp.where(jnp.isinf(r), 0, t)
-    t2, lost_t2 = product(t, t)
-    lost_t2 = lost_t2 + 2 * t * lost_t
+    t2, t2_error = product(t, t)
+    t2_error = t2_error + 2 * t * t_error
     q = 1 + t2
-    lost_q = ((1 - q) + t2) + lost_t2
-    tiny = jnp.finfo(t.dtype).tiny / jnp.finfo(t.dtype).eps  # below it t**3 is 0
-    return t, t2, q, lost_t / jnp.maximum(t, tiny), lost_t2 / jnp.maximum(t2, tiny), lost_q / q
+    q_error = ((1 - q) + t2) + t2_error
+    tiny = jnp.finfo(t.dtype).tiny / jnp.finfo(t.dtype).eps  # t**3 is 0 for a smaller t
+    return t, t2, q, t_error / jnp.maximum(t, tiny), t2_error / jnp.maximum(t2, tiny), q_error / q
 
 
 # Exponents.
@@ -87,7 +86,7 @@ def careful_ratio(r: Array, delta: Array) -> tuple[Array, Array, Array, Array, A
 
 def frexp(x: Array) -> tuple[Array, Array]:
     """`m, e` with x = m 2**e, as NumPy's: m in [1/2, 1), or smaller if x is subnormal."""
-    unit, exponent = _unit(x)
+    unit, exponent = _unit_and_exponent(x)
     return 0.25 * (x * unit), jnp.where(x == 0, 0, exponent)
 
 
@@ -103,8 +102,8 @@ def ldexp(x: Array, n: Array) -> Array:
     return x * power(n >> 1) * power(n - (n >> 1))
 
 
-def _unit(x: Array) -> tuple[Array, Array]:
-    """The power of 2 that takes a finite |x| > 0 to [2, 4), and the exponent of what is left."""
+def _unit_and_exponent(x: Array) -> tuple[Array, Array]:
+    """A power of 2 with `|x| unit` in [2, 4), and the e of `frexp`, for a finite |x| > 0."""
     info = jnp.finfo(x.dtype)
     integer = jnp.int32 if info.bits == 32 else jnp.int64
     lowest, exponents = 1 << info.nmant, (2 * info.maxexp - 1) << info.nmant
@@ -115,17 +114,17 @@ def _unit(x: Array) -> tuple[Array, Array]:
 
 @jax.custom_jvp
 def multiply(*factors: Array) -> Array:
-    """The product of the factors, of which only the result over- or underflows.
+    """The product of the factors, without over- or underflow before the result.
 
-    (A chain of divisions is no such thing: XLA takes x / y / z for x / (y z).)
+    (A chain of divisions does not have this property: XLA replaces x / y / z by x / (y z).)
     """
-    return multiply_exactly(factors)
+    return multiply_scaled(factors)
 
 
-def multiply_exactly(factors: Sequence[Array], exponent: ArrayLike = 0) -> Array:
-    """`multiply`, and the result times `2**exponent`; to be differentiated by a rule alone."""
+def multiply_scaled(factors: Sequence[Array], exponent: ArrayLike = 0) -> Array:
+    """`multiply`, times `2**exponent`; it may only be differentiated by the rule of a caller."""
     infinite = reduce(operator.or_, (jnp.isinf(x) for x in factors))
-    mantissas, exponents = zip(*(frexp(finite(x)) for x in factors), strict=True)
+    mantissas, exponents = zip(*(frexp(clamped_to_finite(x)) for x in factors), strict=True)
     product = ldexp(reduce(operator.mul, mantissas), reduce(operator.add, exponents) + exponent)
     return jnp.where(infinite, reduce(operator.mul, factors), product)
 
@@ -144,10 +143,10 @@ multiply.defjvp(_multiply_rule, symbolic_zeros=True)
 
 
 def clamped(x: Array, limit: float) -> Array:
-    """`x` within +-limit; NaN stays NaN, which a minimum may lose."""
+    """`x` clamped to [-limit, limit]; NaN stays NaN, as it may not in XLA's minimum."""
     return jnp.where(jnp.abs(x) > limit, jnp.copysign(jnp.full_like(x, limit), x), x)
 
 
-def finite(x: Array) -> Array:
+def clamped_to_finite(x: Array) -> Array:
     """`x` with the largest number in the place of infinity; NaN stays NaN."""
     return clamped(x, float(jnp.finfo(x.dtype).max))

@@ -1,5 +1,7 @@
-"""Numbers as a sum of two, or with an exponent of their own: for powers and logarithms whose
-rounding would be an error of the result.
+"""Powers and logarithms of w = 1 + u**2 / b in double words, or with a separate exponent.
+
+The exponent of a power can be in the hundreds, and its rounding error becomes a relative error of
+the power. In these formulas it is corrected.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from jax.typing import ArrayLike
 
 from robustloss.losses._double import (
     clamped,
-    finite,
+    clamped_to_finite,
     frexp,
     ldexp,
     product,
@@ -24,31 +26,32 @@ from robustloss.losses._pieces import atanh_series, polynomial
 
 
 class OnePlus(NamedTuple):
-    """w = 1 + y."""
+    """w = 1 + y, all of the shape of the residual."""
 
     y: Array
     log: Array
-    lost: Array
-    """What `log` lost by rounding."""
+    """log w"""
+    log_error: Array
+    """The rounding error of `log`: log w is their sum."""
     t: Array
     """y / w"""
     inverse: Array
     """1 / w"""
 
 
-def one_plus_square(r: Array, b: Array, lost: Array, delta: Array) -> OnePlus:
-    """w = 1 + (r / delta)**2 / |b + lost|, for any finite delta and b, and r of any size."""
-    (m, e), (scale, e_scale) = frexp(finite(jnp.abs(r))), frexp(finite(delta))
-    lost, (b, e_b) = lost / b, frexp(jnp.abs(b))
-    # y = f 2**k, f in (1/4, 8), and what f lost.
-    u, lost_u = quotient_near_1(m, scale)
-    square, lost_square = product(u, u)
-    f, lost_f = quotient_near_1(square, b)
-    lost_f = lost_f + (lost_square + 2 * u * lost_u) / b - f * lost
+def one_plus_square(r: Array, b: Array, error: Array, delta: Array) -> OnePlus:
+    """w = 1 + (r / delta)**2 / |b + error|, for any finite delta and b and any r."""
+    (m, e), (scale, e_scale) = frexp(clamped_to_finite(jnp.abs(r))), frexp(clamped_to_finite(delta))
+    error, (b, e_b) = error / b, frexp(jnp.abs(b))
+    # y = f 2**k, f in (1/4, 8), with the rounding error of f.
+    u, u_error = quotient_near_1(m, scale)
+    square, square_error = product(u, u)
+    f, f_error = quotient_near_1(square, b)
+    f_error = f_error + (square_error + 2 * u * u_error) / b - f * error
     k = jnp.where(f == 0, 0, 2 * (e - e_scale) - e_b)
     # w = 2**j (1 + n), n in [sqrt(1/2) - 1, sqrt(2) - 1].
     f, e_f = frexp(f)
-    k, lost_f = k + e_f, ldexp(lost_f, -e_f)
+    k, f_error = k + e_f, ldexp(f_error, -e_f)
     above = jnp.maximum(k, 0)
     _, j = frexp((ldexp(f, k - above) + ldexp(jnp.ones_like(f), -above)) * math.sqrt(2))
     j = above + j - 1
@@ -56,61 +59,66 @@ def one_plus_square(r: Array, b: Array, lost: Array, delta: Array) -> OnePlus:
     scaled = ldexp(f, k - j)
     half = lax.reduce_precision(scaled, info.nexp, info.nmant // 2)
     one = ldexp(jnp.ones_like(f), -j)
-    n, lost_n = sum_of_two(jnp.where(j == 0, 0, half - 1), jnp.where(j == 0, half, one))
-    n, lost_n = sum_of_two(n, (scaled - half) + (lost_n + ldexp(lost_f, k - j)))
+    n, n_error = sum_of_two(jnp.where(j == 0, 0, half - 1), jnp.where(j == 0, half, one))
+    n, n_error = sum_of_two(n, (scaled - half) + (n_error + ldexp(f_error, k - j)))
     # log(1 + n) = 2 atanh(s), s = n / (2 + n).
-    d, lost_d = sum_of_two(jnp.full_like(n, 2), n)
-    s, lost_s = quotient_near_1(n, d)
-    lost_s = lost_s + (lost_n - s * (lost_d + lost_n)) / d
+    d, d_error = sum_of_two(jnp.full_like(n, 2), n)
+    s, s_error = quotient_near_1(n, d)
+    s_error = s_error + (n_error - s * (d_error + n_error)) / d
     high, low = _LN2[f.dtype.name]
-    log, lost_log = sum_of_two(j.astype(f.dtype) * high, 2 * s)
-    lost_log = lost_log + (
-        j.astype(f.dtype) * low + 2 * (lost_s + s * (s * s) * atanh_series(s * s))
+    log, log_error = sum_of_two(j.astype(f.dtype) * high, 2 * s)
+    log_error = log_error + (
+        j.astype(f.dtype) * low + 2 * (s_error + s * (s * s) * atanh_series(s * s))
     )
-    # t and 1 / w are quotients by 1 + n, with what all roundings before took from them.
+    # t and 1 / w are quotients by 1 + n, corrected by the errors of all roundings before.
     one = jnp.ones_like(n)
-    d, lost_d = sum_of_two(one, n)
-    lost_d = lost_d + lost_n
-    t, lost_t = quotient_near_1(scaled, d)
-    t = t + (lost_t + (ldexp(lost_f, k - j) - t * lost_d) / d)
-    inverse, lost_inverse = quotient_near_1(one, d)
-    inverse = ldexp(inverse + (lost_inverse - inverse * lost_d / d), -j)
+    d, d_error = sum_of_two(one, n)
+    d_error = d_error + n_error
+    t, t_error = quotient_near_1(scaled, d)
+    t = t + (t_error + (ldexp(f_error, k - j) - t * d_error) / d)
+    inverse, inverse_error = quotient_near_1(one, d)
+    inverse = ldexp(inverse + (inverse_error - inverse * d_error / d), -j)
     y = ldexp(f, k)
-    log, lost_log = sum_of_two(log, lost_log)
-    # With a power in the same loop, the vectoriser of jaxlib 0.12 takes minutes: so, a fence.
-    return OnePlus(y, lax.optimization_barrier(log), lost_log, t, inverse)
+    log, log_error = sum_of_two(log, log_error)
+    # The barrier keeps a power out of this loop, for which the vectoriser of jaxlib 0.12 takes
+    # minutes.
+    return OnePlus(y, lax.optimization_barrier(log), log_error, t, inverse)
 
 
-def times(p: Array, lost: ArrayLike, w: OnePlus) -> tuple[Array, Array]:
-    """(p + lost) log w, in two numbers."""
-    h, lost_h = product(p, w.log)
-    return h, lost_h + p * w.lost + lost * w.log
+def times(p: Array, error: ArrayLike, w: OnePlus) -> tuple[Array, Array]:
+    """(p + error) log w, as a double word."""
+    h, h_error = product(p, w.log)
+    return h, h_error + p * w.log_error + error * w.log
 
 
-def exponential(h: Array, lost: Array) -> tuple[Array, Array]:
-    """exp(h + lost) as a number near 1 and an exponent of 2."""
+def exponential(h: Array, error: Array) -> tuple[Array, Array]:
+    """exp(h + error) as a number near 1 and an exponent of 2."""
     high, low = _LN2[h.dtype.name]
-    h, lost = clamped(h, _FAR[h.dtype.name]), clamped(lost, 1)
+    h, error = clamped(h, _EXP_LIMIT[h.dtype.name]), clamped(error, 1)
     n = jnp.round(h / math.log(2))
-    return jnp.exp((h - n * high) + (lost - n * low)), n.astype(jnp.int32)
+    return jnp.exp((h - n * high) + (error - n * low)), n.astype(jnp.int32)
 
 
-def exp_ratio(h: Array, lost: Array) -> tuple[Array, Array]:
-    """(exp(h + lost) - 1) / h as a number and an exponent of 2."""
-    near = jnp.abs(h) < 2
-    # Near 0 it is exp(h / 2) sinh(h / 2) / (h / 2).
-    half = 0.5 * jnp.where(near, h, 0)
+def exp_ratio(h: Array, error: Array) -> tuple[Array, Array]:
+    """(exp(h + error) - 1) / h as a number and an exponent of 2."""
+    small = jnp.abs(h) < 2
+    # For small h the quotient is exp(h / 2) sinh(h / 2) / (h / 2), where sinh has a series.
+    half = 0.5 * jnp.where(small, h, 0)
     terms = 6 if h.dtype == jnp.float32 else 10
     series = polynomial(half * half, tuple(1 / math.factorial(2 * k + 1) for k in range(terms)))
-    power, n = exponential(h, lost)
+    power, n = exponential(h, error)
     above = jnp.maximum(n, 0)
-    far = (ldexp(power, n - above) - ldexp(jnp.ones_like(h), -above)) / jnp.where(near, 1, h + lost)
-    ratio = jnp.where(near, jnp.exp(half + 0.5 * lost) * series, far)
-    return ratio, jnp.where(near, 0, above)
+    far = (ldexp(power, n - above) - ldexp(jnp.ones_like(h), -above)) / jnp.where(
+        small, 1, h + error
+    )
+    ratio = jnp.where(small, jnp.exp(half + 0.5 * error) * series, far)
+    return ratio, jnp.where(small, 0, above)
 
 
-_FAR = {"float32": 2e3, "float64": 8e3}  # exp of it is out of range even times delta**2
-_LN2 = {  # its high part times any exponent is exact
+# The exponential of a larger number is out of range even times delta**2.
+_EXP_LIMIT = {"float32": 2e3, "float64": 8e3}
+# log 2 in two parts. The product of the high part with an exponent is exact.
+_LN2 = {
     "float32": (0.693115234375, 3.1946184945309415e-05),
     "float64": (6.93147180369123816490e-01, 1.90821492927058770002e-10),
 }

@@ -1,6 +1,6 @@
-"""What the formulas of several losses are made of: pieces, an angle, series.
+"""Functions that the formulas of several losses share: pieces, an angle, series.
 
-Each keeps a NaN, has its limit at infinity, and derivatives to any order.
+Each function maps NaN to NaN, takes its limit at infinity, and has derivatives of any order.
 """
 
 from __future__ import annotations
@@ -16,44 +16,45 @@ from robustloss.losses._rule import with_partials
 # Pieces.
 
 
-@with_partials(lambda r, d: flat(jnp.abs(r) + d), lambda r, d: flat(jnp.abs(r) + d))
-def within(r: Array, delta: Array) -> Array:
-    """1 up to |r| = delta and 0 beyond; NaN stays NaN."""
-    return jnp.where(jnp.abs(r) > delta, 0.0, 1.0) + flat(jnp.abs(r) + delta)
+@with_partials(lambda r, d: nan_or_zero(jnp.abs(r) + d), lambda r, d: nan_or_zero(jnp.abs(r) + d))
+def inside_indicator(r: Array, delta: Array) -> Array:
+    """1 for |r| <= delta, else 0; NaN stays NaN."""
+    return jnp.where(jnp.abs(r) > delta, 0.0, 1.0) + nan_or_zero(jnp.abs(r) + delta)
 
 
-@with_partials(lambda r, d: flat(jnp.abs(r) + d), lambda r, d: flat(jnp.abs(r) + d))
-def beyond(r: Array, delta: Array) -> Array:
-    """sign(r) beyond |r| = delta and 0 up to there; NaN stays NaN."""
-    return jnp.where(jnp.abs(r) > delta, jnp.sign(r), 0.0) + flat(jnp.abs(r) + delta)
+@with_partials(lambda r, d: nan_or_zero(jnp.abs(r) + d), lambda r, d: nan_or_zero(jnp.abs(r) + d))
+def outside_sign(r: Array, delta: Array) -> Array:
+    """sign(r) for |r| > delta, else 0; NaN stays NaN."""
+    return jnp.where(jnp.abs(r) > delta, jnp.sign(r), 0.0) + nan_or_zero(jnp.abs(r) + delta)
 
 
-@with_partials(lambda r, d: beyond(r, d), lambda r, d: within(r, d) - 1)
-def overshoot(r: Array, delta: Array) -> Array:
-    """max(|r| - delta, 0), but for XLA's maximum, which may drop a NaN."""
+@with_partials(lambda r, d: outside_sign(r, d), lambda r, d: inside_indicator(r, d) - 1)
+def excess(r: Array, delta: Array) -> Array:
+    """max(|r| - delta, 0); NaN stays NaN, as it may not in XLA's maximum."""
     a = jnp.abs(r)
-    return jnp.where(a > delta, a - delta, flat(a + delta))
+    return jnp.where(a > delta, a - delta, nan_or_zero(a + delta))
 
 
-@with_partials(lambda r: flat(r))
-def flat(r: Array) -> Array:
+@with_partials(lambda r: nan_or_zero(r))
+def nan_or_zero(r: Array) -> Array:
     """0, the derivative of a constant; NaN stays NaN."""
     return jnp.where(jnp.isnan(r), r, 0.0)
 
 
-@with_partials(lambda r, p: flat(r), lambda r, p: flat_in(r, p))
-def flat_in(r: Array, p: Array) -> Array:
-    """0, and so is every derivative in the parameter p; NaN stays NaN in each."""
-    return flat(r) + flat(p)
+@with_partials(lambda r, p: nan_or_zero(r), lambda r, p: nan_or_zero_both(r, p))
+def nan_or_zero_both(r: Array, p: Array) -> Array:
+    """0, with derivatives 0 in r and p; a NaN in either gives NaN."""
+    return nan_or_zero(r) + nan_or_zero(p)
 
 
-def capped(x: Array, room: float = 1.0) -> Array:
-    """inf as the largest number (over `room`), so that inf - inf and 0 * inf do not arise."""
-    return jnp.minimum(x, float(jnp.finfo(x.dtype).max) / room)
+def capped(x: Array, divisor: float = 1.0) -> Array:
+    """min(x, largest number / divisor), so that inf - inf and 0 * inf do not arise."""
+    return jnp.minimum(x, float(jnp.finfo(x.dtype).max) / divisor)
 
 
-# The angle whose tangent is r / delta: the derivatives of algebraic losses are polynomials in
-# its sine and cosine. With t the smaller over the larger of |r| and delta, nothing overflows.
+# The angle whose tangent is r / delta. The derivatives of algebraic losses are polynomials in its
+# sine and cosine. Formulas in the quotient of the smaller and the larger of |r| and delta do not
+# overflow.
 
 
 def bounded_ratio(r: Array, delta: Array) -> Array:
@@ -82,7 +83,7 @@ def cosine(r: Array, delta: Array) -> Array:
     return jnp.where(a > delta, t, 1.0) / jnp.sqrt(1 + t * t)
 
 
-# Series, for where a formula would cancel.
+# Series for arguments where the terms of a formula would cancel.
 
 
 def polynomial(x: Array, coefficients: tuple[float, ...]) -> Array:
@@ -102,7 +103,7 @@ def exp_series(z: Array) -> Array:
 
 
 _EXP_64 = tuple((-1.0) ** (k + 1) / factorial(k + 2) for k in range(15))
-# Minimax on [0, 1/4].
+# Minimax polynomials on [0, 1/4].
 _ATANH_32 = (
     0.3333333168479454, 0.2000047330953935, 0.1426397985264627, 0.11469875161618762,
     0.06493489567669346, 0.15751780259152603,

@@ -1,5 +1,7 @@
-"""The powers and logarithms of w = 1 + (r / delta)**2 / b, b = abs(2 - alpha), that `general` is
-made of, with their derivatives, and its care for the ends: alpha at 2 and at infinity, r infinite.
+"""The powers and logarithms that `general` consists of, with their derivatives and limits.
+
+In Barron's notation b = |alpha - 2|, and w = 1 + (r / delta)**2 / b. Here beta = 2 - alpha. The
+limits are those at alpha = 2, at infinite alpha and at an infinite residual.
 """
 
 from __future__ import annotations
@@ -15,185 +17,202 @@ from robustloss.losses._extended import exponential, one_plus_square, times
 from robustloss.losses._pieces import polynomial
 from robustloss.losses._rule import with_partials
 
-HUGE = 2.0**80  # from where degrees of freedom are infinite to every digit
-TERMS = {"float32": 16, "float64": 27}  # of series in |x| < 2
+INFINITE_DF = 2.0**80  # degrees of freedom that cannot be told from infinity in any digit
+SERIES_TERMS = {"float32": 16, "float64": 27}  # of power series in x, for |x| < 2
 
 
-# With y = (r / delta)**2 / b:
+# Functions of y = (r / delta)**2 / b and w = 1 + y.
 
 
-def root(r: Array, b: Array, delta: Array) -> Array:
+def root_y(r: Array, b: Array, delta: Array) -> Array:
     """sqrt(y)."""
     return jnp.abs(r) / delta / jnp.sqrt(b)
 
 
 @with_partials(
-    lambda r, b, d: 2 * pull(r, b, d),
+    lambda r, b, d: 2 * fraction_over_r(r, b, d),
     lambda r, b, d: -fraction(r, b, d) / b,
     lambda r, b, d: -2 * fraction(r, b, d) / d,
 )
 def log_w(r: Array, b: Array, delta: Array) -> Array:
     """L = log w."""
-    q = root(r, b, delta)
-    far = 2 * (jnp.log(jnp.abs(r)) - jnp.log(delta)) - jnp.log(b)
-    return jnp.where(q > 2.0**30, far, jnp.log1p(q * q))
+    q = root_y(r, b, delta)
+    large_form = 2 * (jnp.log(jnp.abs(r)) - jnp.log(delta)) - jnp.log(b)
+    return jnp.where(q > 2.0**30, large_form, jnp.log1p(q * q))
 
 
 @with_partials(
-    lambda r, b, d: 2 * pull(r, b, d) * inverse(r, b, d),
+    lambda r, b, d: 2 * fraction_over_r(r, b, d) * inverse(r, b, d),
     lambda r, b, d: -fraction(r, b, d) * inverse(r, b, d) / b,
     lambda r, b, d: -2 * fraction(r, b, d) * inverse(r, b, d) / d,
 )
 def fraction(r: Array, b: Array, delta: Array) -> Array:
     """t = y / w."""
-    q = root(r, b, delta)
+    q = root_y(r, b, delta)
     s = jnp.where(q > 1, 1 / q, q) ** 2
     return jnp.where(q > 1, 1, s) / (1 + s)
 
 
 @with_partials(
-    lambda r, b, d: -2 * pull(r, b, d) * inverse(r, b, d),
+    lambda r, b, d: -2 * fraction_over_r(r, b, d) * inverse(r, b, d),
     lambda r, b, d: fraction(r, b, d) * inverse(r, b, d) / b,
     lambda r, b, d: 2 * fraction(r, b, d) * inverse(r, b, d) / d,
 )
 def inverse(r: Array, b: Array, delta: Array) -> Array:
     """1 / w."""
-    q = root(r, b, delta)
+    q = root_y(r, b, delta)
     s = jnp.where(q > 1, 1 / q, q) ** 2
     return jnp.where(q > 1, s, 1) / (1 + s)
 
 
 @with_partials(
-    lambda r, b, d: (1 - 2 * fraction(r, b, d)) * pull_per_residual(r, b, d),
-    lambda r, b, d: -pull(r, b, d) * inverse(r, b, d) / b,
-    lambda r, b, d: -2 * pull(r, b, d) * inverse(r, b, d) / d,
+    lambda r, b, d: (1 - 2 * fraction(r, b, d)) * fraction_over_r2(r, b, d),
+    lambda r, b, d: -fraction_over_r(r, b, d) * inverse(r, b, d) / b,
+    lambda r, b, d: -2 * fraction_over_r(r, b, d) * inverse(r, b, d) / d,
 )
-def pull(r: Array, b: Array, delta: Array) -> Array:
+def fraction_over_r(r: Array, b: Array, delta: Array) -> Array:
     """t / r."""
-    near = ratio(r, delta) / b * inverse(r, b, delta) / delta
-    return jnp.where(root(r, b, delta) > 1, fraction(r, b, delta) / r, near)
+    small_form = ratio(r, delta) / b * inverse(r, b, delta) / delta
+    return jnp.where(root_y(r, b, delta) > 1, fraction(r, b, delta) / r, small_form)
 
 
 @with_partials(
-    lambda r, b, d: -2 * pull(r, b, d) * pull_per_residual(r, b, d),
-    lambda r, b, d: -pull_per_residual(r, b, d) * inverse(r, b, d) / b,
-    lambda r, b, d: -2 * pull_per_residual(r, b, d) * inverse(r, b, d) / d,
+    lambda r, b, d: -2 * fraction_over_r(r, b, d) * fraction_over_r2(r, b, d),
+    lambda r, b, d: -fraction_over_r2(r, b, d) * inverse(r, b, d) / b,
+    lambda r, b, d: -2 * fraction_over_r2(r, b, d) * inverse(r, b, d) / d,
 )
-def pull_per_residual(r: Array, b: Array, delta: Array) -> Array:
+def fraction_over_r2(r: Array, b: Array, delta: Array) -> Array:
     """t / r**2 = 1 / (b delta**2 + r**2)."""
-    near = multiply(inverse(r, b, delta), 1 / b, 1 / delta, 1 / delta)
-    far = multiply(fraction(r, b, delta), 1 / r, 1 / r)
-    return jnp.where(root(r, b, delta) > 1, far, near)
+    small_form = multiply(inverse(r, b, delta), 1 / b, 1 / delta, 1 / delta)
+    large_form = multiply(fraction(r, b, delta), 1 / r, 1 / r)
+    return jnp.where(root_y(r, b, delta) > 1, large_form, small_form)
 
 
 @with_partials(
     lambda r, alpha, d: (
-        -per(two_minus(alpha) * fraction_of(r, alpha, d), r) * power_of(r, alpha, d)
+        -quotient_or_zero(two_minus(alpha) * fraction_at_alpha(r, alpha, d), r)
+        * weight(r, alpha, d)
     ),
-    lambda r, a, d: 0.5 * tail(log_of(r, a, d)) * power_of(r, a, d),
-    lambda r, a, d: two_minus(a) * fraction_of(r, a, d) * power_of(r, a, d) / d,
+    lambda r, a, d: 0.5 * log_minus_fraction(log_w_at_alpha(r, a, d)) * weight(r, a, d),
+    lambda r, a, d: two_minus(a) * fraction_at_alpha(r, a, d) * weight(r, a, d) / d,
 )
-def power_of(r: Array, alpha: Array, delta: Array) -> Array:
-    """E = w**(-beta / 2)."""
-    beta, lost = two_minus_exactly(alpha)
-    w = one_plus_square(r, beta, lost, delta)
-    return ldexp(*exponential(*times(-0.5 * beta, -0.5 * lost, w)))
+def weight(r: Array, alpha: Array, delta: Array) -> Array:
+    """E = w**(-beta / 2) = psi(r) / r, the weight of `general`."""
+    beta, error = two_minus_exactly(alpha)
+    w = one_plus_square(r, beta, error, delta)
+    return ldexp(*exponential(*times(-0.5 * beta, -0.5 * error, w)))
 
 
-def fraction_of(r: Array, alpha: Array, delta: Array) -> Array:
+def fraction_at_alpha(r: Array, alpha: Array, delta: Array) -> Array:
+    """t = y / w for b = |2 - alpha|."""
     return fraction(r, jnp.abs(two_minus(alpha)), delta)
 
 
-def log_of(r: Array, alpha: Array, delta: Array) -> Array:
+def log_w_at_alpha(r: Array, alpha: Array, delta: Array) -> Array:
+    """L = log w for b = |2 - alpha|."""
     return log_w(r, jnp.abs(two_minus(alpha)), delta)
 
 
-# Integrals of exponentials, and the ends.
+# Integrals of exponentials.
 
 
 def moment(k: int, x: Array, shift: Array) -> Array:
     """Integral of v**k exp(x v - shift) over v from 0 to 1."""
     small, constant = jnp.abs(x) < 2, jnp.exp(-shift)
-    up, down = jnp.where(small & (x >= 0), x, 0), jnp.where(small & (x < 0), -x, 0)
-    far = jnp.where(small, 2, x)
-    top, closed = jnp.exp(x - shift), jnp.zeros_like(x)
+    positive_x, minus_negative_x = (
+        jnp.where(small & (x >= 0), x, 0),
+        jnp.where(small & (x < 0), -x, 0),
+    )
+    divisor = jnp.where(small, 2, x)
+    exp_end, closed_form = jnp.exp(x - shift), jnp.zeros_like(x)
     for j in range(k + 1):
-        closed = (top - (j * closed if j else constant)) / far
-    # Series of positive terms: of exp(x v), and for x < 0 of exp(x) exp(-x (1 - v)).
-    terms = range(TERMS[x.dtype.name])
+        closed_form = (exp_end - (j * closed_form if j else constant)) / divisor
+    # For a small x, series whose terms are all positive: that of exp(x v), or for x < 0 that of
+    # exp(-x (1 - v)), times exp(x).
+    terms = range(SERIES_TERMS[x.dtype.name])
     rising = tuple(1 / (math.factorial(n) * (n + k + 1)) for n in terms)
     falling = tuple(math.factorial(k) / math.factorial(n + k + 1) for n in terms)
-    series = jnp.where(x < 0, top * polynomial(down, falling), constant * polynomial(up, rising))
-    return jnp.where(small, series, closed)
+    series = jnp.where(
+        x < 0,
+        exp_end * polynomial(minus_negative_x, falling),
+        constant * polynomial(positive_x, rising),
+    )
+    return jnp.where(small, series, closed_form)
 
 
-def tail(L: Array) -> Array:
+def log_minus_fraction(L: Array) -> Array:
     """L - t = L - 1 + exp(-L)."""
     return L**2 * moment(1, L, L)
 
 
-def bounded(alpha: Array) -> Array:
-    """alpha, but finite where it is infinite to every digit of the power."""
-    return clamped(alpha, _bound(alpha))
+# Limits.
 
 
-def _bound(alpha: Array) -> float:
-    """2 +- 1 / bound is 2, too. Where it is larger, u**2 / b is 0 before the derivatives are."""
+def bounded_alpha(alpha: Array) -> Array:
+    """alpha clamped to a bound beyond which no digit of a power of w changes."""
+    return clamped(alpha, _alpha_bound(alpha))
+
+
+def _alpha_bound(alpha: Array) -> float:
+    """The bound of |alpha|.
+
+    2 + 1 / bound is still 2. With a larger bound, u**2 / b would be 0 before the derivatives are.
+    """
     return 2.0**40 if alpha.dtype == jnp.float32 else 2.0**80
 
 
 def two_minus(alpha: Array) -> Array:
-    """beta; next to 0 at alpha = 2 and finite at infinity."""
-    beta = 2 - bounded(alpha)
-    return jnp.where(beta == 0, 1 / _bound(alpha), beta)
+    """beta = 2 - alpha, but tiny and not 0 at alpha = 2, and finite at infinity."""
+    beta = 2 - bounded_alpha(alpha)
+    return jnp.where(beta == 0, 1 / _alpha_bound(alpha), beta)
 
 
 def two_minus_exactly(alpha: Array) -> tuple[Array, Array]:
-    """The same in two numbers."""
-    minus, two = -bounded(alpha), jnp.full_like(alpha, 2)
+    """beta as a double word."""
+    minus, two = -bounded_alpha(alpha), jnp.full_like(alpha, 2)
     large = jnp.abs(minus) > 2
-    beta, lost = sum_of_two(jnp.where(large, minus, two), jnp.where(large, two, minus))
-    return jnp.where(beta == 0, 1 / _bound(alpha), beta), lost
+    beta, error = sum_of_two(jnp.where(large, minus, two), jnp.where(large, two, minus))
+    return jnp.where(beta == 0, 1 / _alpha_bound(alpha), beta), error
 
 
-def tame(r: Array) -> Array:
-    """r, but 0 where it is infinite and a limit takes the formula's place."""
+def zero_at_infinity(r: Array) -> Array:
+    """r, but 0 where it is infinite and a limit replaces the formula."""
     return jnp.where(jnp.isinf(r), 0, r)
 
 
-def above_0(h: Array) -> Array:
-    """max(h, 0), a constant to differentiation."""
+def positive_part(h: Array) -> Array:
+    """max(h, 0), a constant in differentiation."""
     return lax.stop_gradient(jnp.where(h > 0, h, 0))
 
 
-def negative(alpha: Array) -> Array:
-    """alpha where it is < 0, and -1 elsewhere, so that nothing is divided by 0."""
+def negative_or_minus_1(alpha: Array) -> Array:
+    """alpha where it is negative, else -1, so that no formula divides by 0."""
     return jnp.where(alpha < 0, alpha, -1)
 
 
-def sign_infinity(x: Array) -> Array:
-    """The limit of `x s` as s grows."""
+def signed_infinity(x: Array) -> Array:
+    """The limit of `x s` as s goes to infinity."""
     return jnp.where(x == 0, 0, jnp.copysign(jnp.inf, x))
 
 
-def at_infinity(r: Array, limit: ArrayLike, formula: Array) -> Array:
-    """The limit where |r| is infinite, but for a formula that says NaN."""
+def limit_at_infinity(r: Array, limit: ArrayLike, formula: Array) -> Array:
+    """The limit where |r| is infinite and the formula is not NaN, else the formula."""
     return jnp.where(jnp.isinf(r) & ~jnp.isnan(formula), limit, formula)
 
 
-def at_two(r: Array, alpha: Array, formula: Array, limit: ArrayLike) -> Array:
-    """The limit at alpha = 2, but for r = 0 and a formula that says NaN."""
+def limit_at_two(r: Array, alpha: Array, formula: Array, limit: ArrayLike) -> Array:
+    """The limit where alpha = 2, r is not 0 and the formula is not NaN, else the formula."""
     return jnp.where((alpha == 2) & (r != 0) & ~jnp.isnan(formula), limit, formula)
 
 
-def past_bound(alpha: Array, formula: Array, k: int = 2) -> Array:
-    """A derivative in alpha, which falls like |alpha|**-k where alpha is replaced by its bound."""
-    scale = (bounded(alpha) / alpha) ** k
-    scaled = jnp.where(jnp.abs(alpha) > _bound(alpha), formula * scale, formula)
+def decayed_beyond_bound(alpha: Array, formula: Array, k: int = 2) -> Array:
+    """A derivative in alpha that decays like |alpha|**-k where the bound replaces alpha."""
+    scale = (bounded_alpha(alpha) / alpha) ** k
+    scaled = jnp.where(jnp.abs(alpha) > _alpha_bound(alpha), formula * scale, formula)
     return jnp.where(jnp.isinf(alpha) & ~jnp.isnan(formula), 0, scaled)
 
 
-def per(x: Array, r: Array) -> Array:
+def quotient_or_zero(x: Array, r: Array) -> Array:
     """`x / r`, and 0 at r = 0."""
     return x / jnp.where(r == 0, 1, r)
 

@@ -1,8 +1,8 @@
-"""How a loss is computed from its kernel, and how a kernel gets its derivatives.
+"""The evaluation of a loss by its kernel, and the derivatives of a kernel.
 
 A loss is a documented public function over a private *kernel* of floating arrays
-`(residual, *parameters)`. The kernel carries the derivative rule. `elementwise` does what is the
-same for every loss: check, promote, subtract, round once.
+`(residual, *parameters)`. The kernel carries the derivative rule. `elementwise` does the steps
+that all losses share: check, promote, subtract, round once.
 """
 
 from __future__ import annotations
@@ -49,23 +49,23 @@ def elementwise(
 
 
 def with_partials(*partials: Kernel) -> Callable[[Kernel], Kernel]:
-    """Gives a kernel its partial derivatives, one formula per argument, in order.
+    """A decorator that gives a kernel its partial derivatives, one formula for each argument.
 
-    Write each as a lambda around a named kernel, `lambda r, d: _slope(r, d)`: the value can
-    then stand above its slope, and higher orders follow the rules of the kernels named.
+    Write each formula as a lambda around a named kernel, `lambda r, d: _slope(r, d)`. Then the
+    value can stand above its slope, and higher orders follow the rules of the named kernels.
     """
 
-    def decorate(value: Kernel) -> Kernel:
-        arguments = len(inspect.signature(value).parameters)
+    def decorate(kernel: Kernel) -> Kernel:
+        arguments = len(inspect.signature(kernel).parameters)
         if len(partials) != arguments:
             raise TypeError(
-                f"{value.__name__} takes {arguments} arguments but has {len(partials)} partials"
+                f"{kernel.__name__} takes {arguments} arguments but has {len(partials)} partials"
             )
-        kernel = jax.custom_jvp(value)
+        differentiable = jax.custom_jvp(kernel)
 
         def rule(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
-            out = kernel(*primals)
-            # A symbolic zero is skipped, not multiplied: at r = inf, 0 * inf would be NaN.
+            out = differentiable(*primals)
+            # A symbolic zero is skipped and not multiplied, as 0 * inf at r = inf would be NaN.
             terms = [
                 slope(*primals) * t
                 for slope, t in zip(partials, tangents, strict=True)
@@ -73,27 +73,27 @@ def with_partials(*partials: Kernel) -> Callable[[Kernel], Kernel]:
             ]
             return out, reduce(operator.add, terms) if terms else jnp.zeros_like(out)
 
-        kernel.defjvp(rule, symbolic_zeros=True)
-        return compiled(kernel)
+        differentiable.defjvp(rule, symbolic_zeros=True)
+        return compiled(differentiable)
 
     return decorate
 
 
-def partials_of(formula: Kernel, arguments: int) -> list[Kernel]:
-    """The partial derivatives of a formula, for a kernel that says the same with more care."""
+def automatic_partials(formula: Kernel, arguments: int) -> list[Kernel]:
+    """The partial derivatives of a formula, for a kernel that evaluates it with less rounding."""
 
     def partial_of(i: int) -> Kernel:
-        def slope(*x: Array) -> Array:
-            def along(y: Array) -> Array:
+        def partial_derivative(*x: Array) -> Array:
+            def restricted(y: Array) -> Array:
                 return formula(*x[:i], y, *x[i + 1 :])
 
-            return jax.jvp(along, (x[i],), (jnp.ones_like(x[i]),))[1]
+            return jax.jvp(restricted, (x[i],), (jnp.ones_like(x[i]),))[1]
 
-        return slope
+        return partial_derivative
 
     return [partial_of(i) for i in range(arguments)]
 
 
 def compiled(kernel: Kernel) -> Kernel:
-    """The same kernel, compiled once where it is called eagerly, not once per operation."""
+    """The same kernel, which an eager call compiles as a whole and not operation by operation."""
     return jax.jit(kernel, inline=True)

@@ -1,14 +1,14 @@
 """Convex losses: an odd influence that never decreases.
 
-Nothing pulls less for being further away, so a linear fit has no false minima, and every
-residual keeps a say in it.
+No point loses influence with its distance. So a linear fit has no local minima besides the global
+one, and every residual has some influence on it.
 
-How the values are written serves their mean and its gradient, which XLA compiles into one
-reduction and one map. A reduction is vectorised over min and max, not over `where`. What
-both need, be it |r| or a broadcast constant, XLA writes out as an array for both to read:
-so values count in halves or quarters of delta, which costs no rounding, and slopes take |r|
-as max(r, -r). XLA's vectorised min and max drop a NaN on some CPUs, so a value also takes the
-bare residual.
+The values are written so that their mean and its gradient are fast. XLA compiles these two into one
+reduction and one map. It vectorises a reduction with min and max, but not with `where`. If the
+reduction and the map share a term, be it |r| or a broadcast constant, XLA writes it to memory as
+an array. So values are in terms of a half or a quarter of delta, which is exact, and slopes compute
+|r| as max(r, -r). XLA's vectorised min and max drop a NaN on some CPUs, so a value also contains
+the residual itself.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from robustloss._arguments import between, positive
-from robustloss.losses._double import careful_ratio, multiply, quotient
+from robustloss.losses._double import multiply, quotient, ratio_with_errors
 from robustloss.losses._pieces import (
     atanh_series,
-    beyond,
     capped,
     cosine,
-    flat,
-    overshoot,
+    excess,
+    inside_indicator,
+    nan_or_zero,
+    outside_sign,
     polynomial,
     sine,
-    within,
 )
 from robustloss.losses._rule import elementwise, with_partials
 
@@ -48,8 +48,8 @@ __all__ = [
 def squared_error(predictions: ArrayLike, targets: ArrayLike | None = None) -> Array:
     """Squared error, `r**2`: the loss of least squares, whose mean is the MSE.
 
-    Influence `2 r`, without bound: one wild residual can move a fit anywhere.
-    Its textbook form is kept, so near 0 it is twice the other losses' `r**2 / 2`.
+    The influence is `2 r`, without bound: one wild residual can move a fit anywhere. The loss has
+    its textbook form, so near 0 it is twice the `r**2 / 2` of the other losses.
 
     Args:
         predictions: real numbers of any shape; with `targets=None`, the residual itself.
@@ -71,13 +71,13 @@ def squared_error(predictions: ArrayLike, targets: ArrayLike | None = None) -> A
     return elementwise(_squared, predictions, targets)
 
 
-@with_partials(lambda r: _twice(r))
+@with_partials(lambda r: _squared_slope(r))
 def _squared(r: Array) -> Array:
     return r * r
 
 
-@with_partials(lambda r: 2 * flat(r) + 2)
-def _twice(r: Array) -> Array:
+@with_partials(lambda r: 2 * nan_or_zero(r) + 2)
+def _squared_slope(r: Array) -> Array:
     return 2 * r
 
 
@@ -86,14 +86,14 @@ def absolute_error(
 ) -> Array:
     """Absolute error, `|r|`: the loss of medians, whose mean is the MAE.
 
-    Influence `sign(r)`: a residual counts by its side, not by its size.
-    At r = 0 the derivative is any number in [-1, 1]; `kink` is the one that is taken. The
-    default 0 makes a perfect fit stationary. The second derivative is 0 everywhere.
+    The influence is `sign(r)`: only the sign of a residual counts, not its size. At r = 0 every
+    number in [-1, 1] is a subgradient, and the derivative is `kink`. With the default 0, a perfect
+    fit is stationary. The second derivative is 0 everywhere.
 
     Args:
         predictions: real numbers of any shape; with `targets=None`, the residual itself.
         targets: of exactly the same shape, or None.
-        kink: the derivative taken at r = 0, in [-1, 1].
+        kink: the derivative at r = 0, in [-1, 1].
 
     Returns:
         The loss of each residual, in its shape and in the dtype that JAX promotes to.
@@ -113,13 +113,15 @@ def absolute_error(
     return elementwise(_absolute, predictions, targets, between("kink", kink, -1.0, 1.0))
 
 
-@with_partials(lambda r, kink: _side(r, kink), lambda r, kink: jnp.zeros_like(r))
+@with_partials(lambda r, kink: _sign_with_kink(r, kink), lambda r, kink: jnp.zeros_like(r))
 def _absolute(r: Array, kink: Array) -> Array:
     return jnp.abs(r)
 
 
-@with_partials(lambda r, kink: flat(r), lambda r, kink: jnp.where(r == 0, 1.0, flat(r)))
-def _side(r: Array, kink: Array) -> Array:
+@with_partials(
+    lambda r, kink: nan_or_zero(r), lambda r, kink: jnp.where(r == 0, 1.0, nan_or_zero(r))
+)
+def _sign_with_kink(r: Array, kink: Array) -> Array:
     return jnp.where(r == 0, kink, jnp.sign(r))
 
 
@@ -128,14 +130,14 @@ def huber(
 ) -> Array:
     """Huber's loss: `r**2 / 2` up to `|r| = delta`, then `delta (|r| - delta / 2)`.
 
-    Influence `clip(r, -delta, delta)`. At `|r| = delta` the quadratic side is taken: the
-    second derivative is 1 there and 0 beyond.
+    The influence is `clip(r, -delta, delta)`. At `|r| = delta` the second derivative is that of
+    the quadratic side, 1; beyond, it is 0.
 
     Args:
         predictions: real numbers of any shape; with `targets=None`, the residual itself.
         targets: of exactly the same shape, or None.
-        delta: where the loss turns linear, > 0, in the residual's units; broadcasts to the
-            residual and can be differentiated. Infinity gives half the squared error.
+        delta: the |r| from which the loss is linear, > 0, in the residual's units; broadcasts to
+            the residual and can be differentiated. Infinity gives half the squared error.
 
     Returns:
         The loss of each residual, in its shape and in the dtype that JAX promotes to.
@@ -153,14 +155,14 @@ def huber(
     return elementwise(_huber, predictions, targets, positive("delta", delta))
 
 
-@with_partials(lambda r, d: _clipped(r, d), lambda r, d: overshoot(r, d))
+@with_partials(lambda r, d: _clipped(r, d), lambda r, d: excess(r, d))
 def _huber(r: Array, delta: Array) -> Array:
     a = jnp.abs(r)
     half = jnp.minimum(0.5 * a, 0.5 * capped(delta))
     return (half + half) * (a - half)
 
 
-@with_partials(lambda r, d: within(r, d), lambda r, d: beyond(r, d))
+@with_partials(lambda r, d: inside_indicator(r, d), lambda r, d: outside_sign(r, d))
 def _clipped(r: Array, delta: Array) -> Array:
     return jnp.maximum(jnp.minimum(r, delta), -delta)
 
@@ -170,14 +172,14 @@ def log_cosh(
 ) -> Array:
     """Log-cosh, `delta**2 log(cosh(r / delta))`: a Huber loss without a corner.
 
-    Influence `delta tanh(r / delta)`, curvature `sech(r / delta)**2`; smooth everywhere.
-    Far out it is `delta (|r| - delta log 2)`.
+    The influence is `delta tanh(r / delta)`, the curvature `sech(r / delta)**2`; the loss is
+    smooth everywhere. For a large |r| it is `delta (|r| - delta log 2)`.
 
     Args:
         predictions: real numbers of any shape; with `targets=None`, the residual itself.
         targets: of exactly the same shape, or None.
-        delta: where the loss starts to bend, > 0, in the residual's units; broadcasts to the
-            residual and can be differentiated.
+        delta: the size of residuals from which the loss departs from `r**2 / 2`, > 0, in the
+            residual's units; broadcasts to the residual and can be differentiated.
 
     Returns:
         The loss of each residual, in its shape and in the dtype that JAX promotes to.
@@ -195,95 +197,101 @@ def log_cosh(
     return elementwise(_log_cosh, predictions, targets, positive("delta", delta))
 
 
-@with_partials(lambda r, d: _delta_tanh(r, d), lambda r, d: _log_cosh_delta(r, d))
+@with_partials(lambda r, d: _log_cosh_slope(r, d), lambda r, d: _log_cosh_by_delta(r, d))
 def _log_cosh(r: Array, delta: Array) -> Array:
-    # log cosh(c + w) = log cosh c + w + log(1 + k (exp(-2 w) - 1)): the series up to the
-    # joint c, plus what lies beyond it, which is exactly 0 before it.
+    # log cosh(c + w) = log cosh c + w + log(1 + k (exp(-2 w) - 1)), k = 1 / (1 + exp(2 c)). The
+    # series gives the first term, up to its end c. Before c, w and the remainder are exactly 0.
     a, fourth = jnp.abs(r), 0.25 * capped(delta, 32)
-    near = jnp.minimum(a, 4 * _JOINT * fourth)
-    w = a - near
-    z = 0.0625 * (near / fourth) ** 2
-    k = 1 / (1 + math.exp(2 * _JOINT))
-    beyond = 0.25 * w + fourth * jnp.log1p(k * (jnp.exp(-0.5 * (w / fourth)) - 1))
-    return near * (near * (0.5 + z * _value_series(z))) + 16 * fourth * beyond
+    inner = jnp.minimum(a, 4 * _SERIES_END * fourth)
+    w = a - inner
+    z = 0.0625 * (inner / fourth) ** 2
+    k = 1 / (1 + math.exp(2 * _SERIES_END))
+    remainder = 0.25 * w + fourth * jnp.log1p(k * (jnp.exp(-0.5 * (w / fourth)) - 1))
+    return inner * (inner * (0.5 + z * _value_series(z))) + 16 * fourth * remainder
 
 
-@with_partials(lambda r, d: _sech2(r, d), lambda r, d: _log_cosh_mixed(r, d))
-def _delta_tanh(r: Array, delta: Array) -> Array:
+@with_partials(lambda r, d: _log_cosh_curvature(r, d), lambda r, d: _log_cosh_slope_by_delta(r, d))
+def _log_cosh_slope(r: Array, delta: Array) -> Array:
     a = jnp.maximum(r, -r)
     z = (r / delta) ** 2
     far = delta - 2 * delta / (1 + jnp.exp(2 * (a / delta)))
     return jnp.where(
-        a > 0.99 * _JOINT * delta, jnp.copysign(far, r), r + r * (z * _slope_series(z))
+        a > 0.99 * _SERIES_END * delta, jnp.copysign(far, r), r + r * (z * _slope_series(z))
     )
 
 
-@with_partials(lambda r, d: -_third(r, d), lambda r, d: _unit(r, d) * _third(r, d))
-def _sech2(r: Array, delta: Array) -> Array:
+@with_partials(
+    lambda r, d: -_log_cosh_third(r, d), lambda r, d: _clipped_ratio(r, d) * _log_cosh_third(r, d)
+)
+def _log_cosh_curvature(r: Array, delta: Array) -> Array:
     delta = capped(delta)
-    u, lost = quotient(jnp.minimum(jnp.abs(r), _FLAT * delta), delta)
-    # What the roundings of u, amplified 2 u times, and of 1 + e lost is put back; and e would
-    # be subnormal before 4 e is, so part of the exponent waits outside.
+    u, error = quotient(jnp.minimum(jnp.abs(r), _VANISHED * delta), delta)
+    # The rounding error of u, which the exponential amplifies 2 u times, and that of 1 + e are
+    # corrected. As e may be subnormal where 4 e is not, a part of its exponent is left to the end.
     shift = jnp.where(u > 40.0, 4.0, 0.0)
     e = jnp.exp(shift - 2 * u)
     q = 1 + e
-    e = e - 2 * e * (lost + (e - (q - 1)) / q)
+    e = e - 2 * e * (error + (e - (q - 1)) / q)
     return 4 * e * jnp.exp(-shift) / (q * q)
 
 
 @with_partials(
-    lambda r, d: _log_cosh_mixed(r, d),
-    lambda r, d: _log_cosh_delta2(r, d),
+    lambda r, d: _log_cosh_slope_by_delta(r, d),
+    lambda r, d: _log_cosh_by_delta2(r, d),
 )
-def _log_cosh_delta(r: Array, delta: Array) -> Array:
+def _log_cosh_by_delta(r: Array, delta: Array) -> Array:
     """delta (2 log cosh u - u tanh u), u = r / delta."""
     delta = capped(delta)
     u = jnp.abs(r) / delta
     z = u * u
-    tanh = jnp.abs(_delta_tanh(r, delta)) / delta
+    tanh = jnp.abs(_log_cosh_slope(r, delta)) / delta
     far = u * (2 - tanh) - 2 * (math.log(2) - jnp.log1p(jnp.exp(-2 * u)))
-    near = multiply(delta, u, u, u, u, _series(z, _DELTA_32, _DELTA_64))
+    near = multiply(delta, u, u, u, u, _series(z, _BY_DELTA_32, _BY_DELTA_64))
     return jnp.where(u > 1, delta * far, near)
 
 
 @with_partials(
-    lambda r, d: _unit(r, d) * _third(r, d),
-    lambda r, d: -(_unit(r, d) ** 2) * _third(r, d),
+    lambda r, d: _clipped_ratio(r, d) * _log_cosh_third(r, d),
+    lambda r, d: -(_clipped_ratio(r, d) ** 2) * _log_cosh_third(r, d),
 )
-def _log_cosh_mixed(r: Array, delta: Array) -> Array:
+def _log_cosh_slope_by_delta(r: Array, delta: Array) -> Array:
     """tanh u - u sech(u)**2, u = r / delta."""
-    u = _unit(r, delta)
-    far = _delta_tanh(r, delta) / delta - u * _sech2(r, delta)
-    near = multiply(u, u, u, _series(u * u, _MIXED_32, _MIXED_64))
-    return jnp.where(jnp.abs(u) > _JOINT, far, near)
+    u = _clipped_ratio(r, delta)
+    far = _log_cosh_slope(r, delta) / delta - u * _log_cosh_curvature(r, delta)
+    near = multiply(u, u, u, _series(u * u, _SLOPE_BY_DELTA_32, _SLOPE_BY_DELTA_64))
+    return jnp.where(jnp.abs(u) > _SERIES_END, far, near)
 
 
 @with_partials(
-    lambda r, d: -(_unit(r, d) ** 2) * _third(r, d),
-    lambda r, d: _unit(r, d) ** 3 * _third(r, d),
+    lambda r, d: -(_clipped_ratio(r, d) ** 2) * _log_cosh_third(r, d),
+    lambda r, d: _clipped_ratio(r, d) ** 3 * _log_cosh_third(r, d),
 )
-def _log_cosh_delta2(r: Array, delta: Array) -> Array:
+def _log_cosh_by_delta2(r: Array, delta: Array) -> Array:
     """2 log cosh u - 2 u tanh u + (u sech u)**2, u = r / delta."""
     delta = capped(delta)
-    u = jnp.abs(_unit(r, delta))
+    u = jnp.abs(_clipped_ratio(r, delta))
     e = jnp.exp(-2 * u)
-    far = 4 * u * e / (1 + e) - 2 * (math.log(2) - jnp.log1p(e)) + u * u * _sech2(r, delta)
-    near = u * (u * (u * (u * _series(u * u, _DELTA2_32, _DELTA2_64))))
-    return jnp.where(u > _JOINT, far, near)
+    far = (
+        4 * u * e / (1 + e)
+        - 2 * (math.log(2) - jnp.log1p(e))
+        + u * u * _log_cosh_curvature(r, delta)
+    )
+    near = u * (u * (u * (u * _series(u * u, _BY_DELTA2_32, _BY_DELTA2_64))))
+    return jnp.where(u > _SERIES_END, far, near)
 
 
-def _third(r: Array, delta: Array) -> Array:
-    """2 tanh(u) sech(u)**2 / delta; times a power of -u it is every third derivative."""
-    return 2 * (_delta_tanh(r, delta) / delta) * _sech2(r, delta) / delta
+def _log_cosh_third(r: Array, delta: Array) -> Array:
+    """2 tanh(u) sech(u)**2 / delta. Times a power of -u, it is any third derivative, up to sign."""
+    return 2 * (_log_cosh_slope(r, delta) / delta) * _log_cosh_curvature(r, delta) / delta
 
 
-def _unit(r: Array, delta: Array) -> Array:
-    """r / delta, held finite where every derivative has died out."""
-    return jnp.clip(r, -_FLAT * delta, _FLAT * delta) / delta
+def _clipped_ratio(r: Array, delta: Array) -> Array:
+    """r / delta, clipped where every derivative is 0."""
+    return jnp.clip(r, -_VANISHED * delta, _VANISHED * delta) / delta
 
 
-_JOINT = 0.625  # r / delta up to which the series hold
-_FLAT = 400.0  # r / delta from which sech**2 is 0 in every precision
+_SERIES_END = 0.625  # |r| / delta up to which the series are used
+_VANISHED = 400.0  # |r| / delta from which sech**2 is 0 in every precision
 
 
 def _value_series(z: Array) -> Array:
@@ -297,12 +305,16 @@ def _slope_series(z: Array) -> Array:
 
 
 def _series(z: Array, single: tuple[float, ...], double: tuple[float, ...]) -> Array:
-    """A minimax polynomial for the precision of z: up to the joint, in _log_cosh_delta up to 1."""
+    """A minimax polynomial in the precision of z = u**2.
+
+    It holds for u up to `_SERIES_END`, that of `_log_cosh_by_delta` up to 1.
+    """
     return polynomial(z, double if z.dtype == jnp.float64 else single)
 
 
-# Of the value and the slope as above; of what stands in _log_cosh_delta, _log_cosh_mixed and
-# _log_cosh_delta2, over the power of u that they begin with.
+# The coefficients of the series in z = u**2: of the value and the slope as above, and of the
+# formulas of _log_cosh_by_delta, _log_cosh_slope_by_delta and _log_cosh_by_delta2, each divided by
+# the first power of u in its Taylor series.
 
 # fmt: off
 _VALUE_32 = (
@@ -325,12 +337,12 @@ _SLOPE_64 = (
     0.0005863165416739727, -0.00022856421066295903, 7.714436331846061e-05,
     -1.6072566963512767e-05,
 )
-_DELTA_32 = (
+_BY_DELTA_32 = (
     0.16666666665415025, -0.08888888640527244, 0.040476108479912606, -0.017494531008707764,
     0.0073789913929030075, -0.0030516750392980503, 0.0012077593705269263,
     -0.0004209382413587263, 0.00010850839776102556, -1.4498586684581439e-05,
 )
-_DELTA_64 = (
+_BY_DELTA_64 = (
     0.16666666666666666, -0.08888888888888889, 0.04047619047619048, -0.01749559082892416,
     0.007386029608251749, -0.0030789668884888383, 0.0012738550886415292,
     -0.0005244688360882594, 0.0002152162003473032, -8.810487538950701e-05,
@@ -340,21 +352,21 @@ _DELTA_64 = (
     -5.426320848542117e-09, 1.1704359912503845e-09, -1.6863964164656636e-10,
     1.1980684232270514e-11,
 )
-_MIXED_32 = (
+_SLOPE_BY_DELTA_32 = (
     0.6666666657782155, -0.5333331100306452, 0.3238002914866809, -0.17481143542159985,
     0.08754032151305012, -0.03875322118010126, 0.01121582721572889,
 )
-_MIXED_64 = (
+_SLOPE_BY_DELTA_64 = (
     0.6666666666666666, -0.5333333333333332, 0.3238095238094988, -0.17495590828759544,
     0.08863235524238856, -0.04310553526906652, 0.020381665719041014, -0.009440295479679874,
     0.004303403972176167, -0.0019341192787946954, 0.0008505636376324807,
     -0.0003511859448315776, 0.00011959328181757888, -2.3860938579908752e-05,
 )
-_DELTA2_32 = (
+_BY_DELTA2_32 = (
     -0.49999999916382415, 0.4444442342780715, -0.283324643591624, 0.15732431866456206,
     -0.08021812469784864, 0.035927076692472915, -0.010467707179957876,
 )
-_DELTA2_64 = (
+_BY_DELTA2_64 = (
     -0.5, 0.4444444444444443, -0.2833333333333091, 0.1574603174587261, -0.08124632563602249,
     0.040026568419506664, -0.01910781115247088, 0.008915831413195865, -0.0040882182949176634,
     0.001846153076371265, -0.0008150062412886079, 0.00033750638185739955,
@@ -368,15 +380,15 @@ def pseudo_huber(
 ) -> Array:
     """Pseudo-Huber loss, `delta**2 (sqrt(1 + (r / delta)**2) - 1)`: a hyperbola.
 
-    Influence `r / sqrt(1 + (r / delta)**2)`, curvature `(1 + (r / delta)**2)**(-3/2)`;
-    smooth everywhere. Far out it is `delta (|r| - delta)`. The same curve is called
-    Charbonnier's in vision, and `soft_l1` in SciPy (there doubled).
+    The influence is `r / sqrt(1 + (r / delta)**2)`, the curvature `(1 + (r / delta)**2)**(-3/2)`;
+    the loss is smooth everywhere. For a large |r| it is `delta (|r| - delta)`. In computer vision
+    it is Charbonnier's loss, and SciPy's `soft_l1` is twice this loss.
 
     Args:
         predictions: real numbers of any shape; with `targets=None`, the residual itself.
         targets: of exactly the same shape, or None.
-        delta: where the loss starts to bend, > 0, in the residual's units; broadcasts to the
-            residual and can be differentiated.
+        delta: the size of residuals from which the loss departs from `r**2 / 2`, > 0, in the
+            residual's units; broadcasts to the residual and can be differentiated.
 
     Returns:
         The loss of each residual, in its shape and in the dtype that JAX promotes to.
@@ -395,18 +407,18 @@ def pseudo_huber(
     return elementwise(_pseudo_huber, predictions, targets, positive("delta", delta))
 
 
-@with_partials(lambda r, d: _soft_clipped(r, d), lambda r, d: _pseudo_huber_delta(r, d))
+@with_partials(lambda r, d: _pseudo_huber_slope(r, d), lambda r, d: _pseudo_huber_by_delta(r, d))
 def _pseudo_huber(r: Array, delta: Array) -> Array:
     a, half = jnp.abs(r), 0.5 * capped(delta, 32)
     big, small = jnp.maximum(0.5 * a, half), jnp.minimum(0.5 * a, half)
-    # small a / (delta / big + sqrt(1 + t**2)), where the root is 1 + t**2 / (1 + root) and its
-    # 1 is added last: one rounding instead of three.
+    # small a / (delta / big + sqrt(1 + t**2)), where the root is 1 + t**2 / (1 + root). Its 1 is
+    # added last, so that there is one rounding instead of three.
     t2 = (2 * small / big) ** 2
     return 16 * small * (a / (8 + (8 * half / big + 4 * t2 / (2 + jnp.sqrt(4 + t2)))))
 
 
-@with_partials(lambda r, d: _cos3(r, d), lambda r, d: sine(r, d) ** 3)
-def _soft_clipped(r: Array, delta: Array) -> Array:
+@with_partials(lambda r, d: _pseudo_huber_curvature(r, d), lambda r, d: sine(r, d) ** 3)
+def _pseudo_huber_slope(r: Array, delta: Array) -> Array:
     a = jnp.maximum(r, -r)
     big, small = jnp.maximum(a, delta), jnp.minimum(a, delta)
     return jnp.sign(r) * (small / jnp.sqrt(1 + (small / big) ** 2))
@@ -416,7 +428,7 @@ def _soft_clipped(r: Array, delta: Array) -> Array:
     lambda r, d: sine(r, d) ** 3,
     lambda r, d: -(_versine(r, d) * (2 + cosine(r, d))) * _versine(r, d),
 )
-def _pseudo_huber_delta(r: Array, delta: Array) -> Array:
+def _pseudo_huber_by_delta(r: Array, delta: Array) -> Array:
     delta = capped(delta)
     s, c = sine(r, delta), cosine(r, delta)
     return multiply(delta, s, s, s, s, 1 / (c * (1 + c) ** 2))
@@ -426,19 +438,19 @@ def _pseudo_huber_delta(r: Array, delta: Array) -> Array:
     lambda r, d: -3 * sine(r, d) * cosine(r, d) ** 4 / d,
     lambda r, d: 3 * sine(r, d) ** 2 * cosine(r, d) ** 3 / d,
 )
-def _cos3(r: Array, delta: Array) -> Array:
-    # (1 + t**2)**(-3/2), times t**3 beyond delta.
-    t, t2, q, lost_t, lost_t2, lost_q = careful_ratio(r, delta)
+def _pseudo_huber_curvature(r: Array, delta: Array) -> Array:
+    # (1 + t**2)**(-3/2), times t**3 for |r| > delta.
+    t, t2, q, t_error, t2_error, q_error = ratio_with_errors(r, delta)
     cube = 1 / (q * jnp.sqrt(q))
-    inside = cube - cube * (1.5 * lost_q)
+    inside = cube - cube * (1.5 * q_error)
     outside = t * (t2 * cube)
-    outside = outside + outside * (lost_t2 + lost_t - 1.5 * lost_q)
+    outside = outside + outside * (t2_error + t_error - 1.5 * q_error)
     cubed = jnp.where(jnp.abs(r) > delta, outside, inside)
-    return jnp.where(jnp.isinf(r), flat(delta), cubed)
+    return jnp.where(jnp.isinf(r), nan_or_zero(delta), cubed)
 
 
 def _versine(r: Array, delta: Array) -> Array:
-    """1 - cos, without its cancellation at 0."""
+    """1 - cosine, without cancellation near r = 0."""
     return sine(r, delta) ** 2 / (1 + cosine(r, delta))
 
 
@@ -447,14 +459,14 @@ def fair(
 ) -> Array:
     """Fair's loss, `delta**2 (|r| / delta - log(1 + |r| / delta))`.
 
-    Influence `r / (1 + |r| / delta)`, weight `1 / (1 + |r| / delta)`, curvature its square.
-    It bends at once: the curvature has a corner at 0, where it is 1, and the bend is so
-    gentle that even at `|r| = 10 delta` the influence is only 10/11 of its bound `delta`.
+    The influence is `r / (1 + |r| / delta)`, the weight `1 / (1 + |r| / delta)`, and the curvature
+    the square of the weight. The curvature is 1 at 0, where it has a corner, and decreases slowly:
+    at `|r| = 10 delta` the influence is still only 10/11 of its bound `delta`.
 
     Args:
         predictions: real numbers of any shape; with `targets=None`, the residual itself.
         targets: of exactly the same shape, or None.
-        delta: where the influence is half its bound, > 0, in the residual's units;
+        delta: the |r| at which the influence is half its bound, > 0, in the residual's units;
             broadcasts to the residual and can be differentiated.
 
     Returns:
@@ -473,18 +485,18 @@ def fair(
     return elementwise(_fair, predictions, targets, positive("delta", delta))
 
 
-@with_partials(lambda r, d: _fair_slope(r, d), lambda r, d: _fair_delta(r, d))
+@with_partials(lambda r, d: _fair_slope(r, d), lambda r, d: _fair_by_delta(r, d))
 def _fair(r: Array, delta: Array) -> Array:
     # log(1 + u) = 2 atanh(s), s = u / (2 + u), so that u - log(1 + u) = s (u - 2 s**2 (...)).
     a, delta = jnp.abs(r), capped(delta)
     u = jnp.minimum(a, 2 * delta) / delta
     s, p = u / (2 + u), jnp.minimum(a, 2 * delta) / (2 + u)
     near = p * (a - 2 * p * s * atanh_series(s * s))
-    far = delta * (a - delta * jnp.log1p(_held(a, delta)))
+    far = delta * (a - delta * jnp.log1p(_limited_ratio(a, delta)))
     return jnp.where(a > 2 * delta, far, near)
 
 
-@with_partials(lambda r, d: _fair_weight(r, d) ** 2, lambda r, d: _fair_mixed(r, d))
+@with_partials(lambda r, d: _fair_weight(r, d) ** 2, lambda r, d: _fair_slope_by_delta(r, d))
 def _fair_slope(r: Array, delta: Array) -> Array:
     a = jnp.abs(r)
     small, big = jnp.minimum(a, delta), jnp.maximum(a, delta)
@@ -493,7 +505,7 @@ def _fair_slope(r: Array, delta: Array) -> Array:
 
 @with_partials(
     lambda r, d: -jnp.sign(r) * _fair_weight(r, d) ** 2 / d,
-    lambda r, d: _fair_share(r, d) * _fair_weight(r, d) / d,
+    lambda r, d: _fair_complement(r, d) * _fair_weight(r, d) / d,
 )
 def _fair_weight(r: Array, delta: Array) -> Array:
     """1 / (1 + u), u = |r| / delta."""
@@ -504,57 +516,57 @@ def _fair_weight(r: Array, delta: Array) -> Array:
 
 @with_partials(
     lambda r, d: jnp.sign(r) * _fair_weight(r, d) ** 2 / d,
-    lambda r, d: -_fair_share(r, d) * _fair_weight(r, d) / d,
+    lambda r, d: -_fair_complement(r, d) * _fair_weight(r, d) / d,
 )
-def _fair_share(r: Array, delta: Array) -> Array:
+def _fair_complement(r: Array, delta: Array) -> Array:
     """1 - weight = u / (1 + u)."""
     return jnp.abs(_fair_slope(r, delta)) / delta
 
 
-def _fair_mixed(r: Array, delta: Array) -> Array:
-    return jnp.sign(r) * _fair_share(r, delta) ** 2
+def _fair_slope_by_delta(r: Array, delta: Array) -> Array:
+    return jnp.sign(r) * _fair_complement(r, delta) ** 2
 
 
-@with_partials(lambda r, d: _fair_mixed(r, d), lambda r, d: _fair_delta2(r, d))
-def _fair_delta(r: Array, delta: Array) -> Array:
+@with_partials(lambda r, d: _fair_slope_by_delta(r, d), lambda r, d: _fair_by_delta2(r, d))
+def _fair_by_delta(r: Array, delta: Array) -> Array:
     """delta (u - 2 log(1 + u) + u / (1 + u))."""
     a, delta = jnp.abs(r), capped(delta)
     u = jnp.minimum(a, 2 * delta) / delta
     s = u / (2 + u)
     near = multiply(delta, s, u * u / (1 + u) - 4 * s * s * atanh_series(s * s))
-    share = _fair_share(r, delta)
-    far = a - delta * (2 * jnp.log1p(_held(a, delta)) - share)
+    complement = _fair_complement(r, delta)
+    far = a - delta * (2 * jnp.log1p(_limited_ratio(a, delta)) - complement)
     return jnp.where(a > 2 * delta, far, near)
 
 
 @with_partials(
-    lambda r, d: -2 * jnp.sign(r) * _fair_share(r, d) ** 2 * _fair_weight(r, d) / d,
-    lambda r, d: 2 * _fair_share(r, d) ** 3 / d,
+    lambda r, d: -2 * jnp.sign(r) * _fair_complement(r, d) ** 2 * _fair_weight(r, d) / d,
+    lambda r, d: 2 * _fair_complement(r, d) ** 3 / d,
 )
-def _fair_delta2(r: Array, delta: Array) -> Array:
+def _fair_by_delta2(r: Array, delta: Array) -> Array:
     """3 u / (1 + u) - u / (1 + u)**2 - 2 log(1 + u)."""
     a, delta = jnp.abs(r), capped(delta)
-    share = _fair_share(r, delta)
-    far = share * (3 - _fair_weight(r, delta)) - 2 * jnp.log1p(a / delta)
+    complement = _fair_complement(r, delta)
+    far = complement * (3 - _fair_weight(r, delta)) - 2 * jnp.log1p(a / delta)
     u = jnp.minimum(a, 2 * delta) / delta
     s = u / (2 + u)
-    near = s * (u * u / (1 + u) - 4 * s * s * atanh_series(s * s)) - u * share**2
+    near = s * (u * u / (1 + u) - 4 * s * s * atanh_series(s * s)) - u * complement**2
     return jnp.where(a > 2 * delta, far, near)
 
 
-def _held(a: Array, delta: Array) -> Array:
-    """a / delta, held where the log of it no longer counts beside it."""
+def _limited_ratio(a: Array, delta: Array) -> Array:
+    """a / delta, at most 1e30, where its logarithm is negligible compared with it."""
     return jnp.minimum(a / delta, 1e30)
 
 
 def epsilon_insensitive(
     predictions: ArrayLike, targets: ArrayLike | None = None, *, delta: ArrayLike = 1.0
 ) -> Array:
-    """Epsilon-insensitive loss, `max(|r| - delta, 0)`: of support vector regression.
+    """Epsilon-insensitive loss, `max(|r| - delta, 0)`, of support vector regression.
 
-    Influence 0 inside the tube `|r| <= delta`, its edge included, and `sign(r)` outside. It
-    is the absolute error with a dead zone and so, unlike the losses that bend at `delta`,
-    not `r**2 / 2` near 0. The second derivative is 0 everywhere. It is also the derivative
+    The influence is 0 inside the tube `|r| <= delta`, its edge included, and `sign(r)` outside. The
+    loss is the absolute error with a dead zone. So it is 0 near r = 0, where other losses with a
+    `delta` are `r**2 / 2`. The second derivative is 0 everywhere. The loss is also the derivative
     of Huber's loss with respect to `delta`.
 
     Args:
@@ -580,4 +592,4 @@ def epsilon_insensitive(
 
 
 def _tube(r: Array, delta: Array) -> Array:
-    return overshoot(r, capped(delta))
+    return excess(r, capped(delta))

@@ -1,8 +1,8 @@
 """Redescending losses: an odd influence that returns to zero.
 
-A point that is far enough away has no say at all. The price is a landscape with more than one
-minimum: where a fit ends depends on where it starts, so start from a robust fit, and not from
-least squares. `delta` is the constant c of the convention in which Tukey's is 4.685 for 95 %
+A point that is far enough away has no influence, or hardly any. In exchange, the mean loss has more
+than one minimum, and the fit depends on the start: start from a robust fit, and not from least
+squares. `delta` is the constant c of the usual convention, in which Tukey's is 4.685 for 95 %
 efficiency at the normal.
 """
 
@@ -16,7 +16,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from robustloss._arguments import constrained, positive
-from robustloss.losses._double import careful_ratio, multiply, product, quotient
+from robustloss.losses._double import multiply, product, quotient, ratio_with_errors
 from robustloss.losses._extended import one_plus_square
 from robustloss.losses._pieces import (
     atanh_series,
@@ -24,12 +24,12 @@ from robustloss.losses._pieces import (
     capped,
     cosine,
     exp_series,
-    flat,
+    inside_indicator,
+    nan_or_zero,
     polynomial,
     sine,
-    within,
 )
-from robustloss.losses._rule import elementwise, partials_of, with_partials
+from robustloss.losses._rule import automatic_partials, elementwise, with_partials
 
 __all__ = ["andrews", "cauchy", "geman_mcclure", "hampel", "talwar", "tukey", "welsch"]
 
@@ -39,13 +39,13 @@ def cauchy(
 ) -> Array:
     """Cauchy's loss, `delta**2 / 2 log(1 + (r / delta)**2)`, also called Lorentzian.
 
-    Influence `r / (1 + (r / delta)**2)`, largest at `|r| = delta`; it returns to zero slowly,
-    as `delta**2 / r`, and the loss itself grows without bound. Smooth everywhere.
+    The influence is `r / (1 + (r / delta)**2)`, largest at `|r| = delta`. It returns to zero
+    slowly, as `delta**2 / r`, and the loss itself grows without bound. It is smooth everywhere.
 
     Args:
         predictions: real numbers of any shape; with `targets=None`, the residual itself.
         targets: of exactly the same shape, or None.
-        delta: where the influence turns, > 0, in the residual's units; broadcasts to the
+        delta: the |r| with the largest influence, > 0, in the residual's units; broadcasts to the
             residual and can be differentiated.
 
     Returns:
@@ -65,23 +65,24 @@ def cauchy(
     return elementwise(_cauchy, predictions, targets, positive("delta", delta))
 
 
-@with_partials(lambda r, d: _cauchy_slope(r, d), lambda r, d: _cauchy_delta(r, d))
+@with_partials(lambda r, d: _cauchy_slope(r, d), lambda r, d: _cauchy_by_delta(r, d))
 def _cauchy(r: Array, delta: Array) -> Array:
-    # log(1 + z) = 2 atanh(s), s = z / (2 + z), for z = u**2 up to 1.
+    # log(1 + z) = 2 atanh(s), s = z / (2 + z), for z = (r / delta)**2 up to 1.
     a, delta = jnp.abs(r), capped(delta)
     t = bounded_ratio(r, delta)
-    z, _ = product(t, t)  # which cannot be fused into 2 + z in one program and not in another
+    z, _ = product(t, t)  # a rounded product, which no program can fuse into 2 + z
     s = z / (2 + z)
     series = 1 + s * s * atanh_series(s * s)
     near = a * (a / (2 + z)) * series
-    far = delta * (delta * (_log(a, delta) + s * series))
+    far = delta * (delta * (_log_ratio(a, delta) + s * series))
     return jnp.where(a > delta, far, near)
 
 
-@with_partials(lambda r, d: _cauchy_bend(r, d), lambda r, d: _cauchy_mixed(r, d))
+@with_partials(lambda r, d: _cauchy_curvature(r, d), lambda r, d: _cauchy_slope_by_delta(r, d))
 def _cauchy_slope(r: Array, delta: Array) -> Array:
     a, t = jnp.abs(r), bounded_ratio(r, delta)
-    # Of a sixteenth, because the quotient would be subnormal before its product with delta is.
+    # With a sixteenth of the divisor, as the quotient may be subnormal where its product with
+    # delta is not.
     far = 0.0625 * (delta * (delta / (0.0625 * jnp.maximum(a, delta))))
     return jnp.sign(r) * (jnp.where(a > delta, far, a) / (1 + t * t))
 
@@ -90,24 +91,24 @@ def _cauchy_slope(r: Array, delta: Array) -> Array:
     lambda r, d: 2 * sine(r, d) * cosine(r, d) ** 3 * (1 - 4 * cosine(r, d) ** 2) / d,
     lambda r, d: -2 * (sine(r, d) * cosine(r, d)) ** 2 * (1 - 4 * cosine(r, d) ** 2) / d,
 )
-def _cauchy_bend(r: Array, delta: Array) -> Array:
+def _cauchy_curvature(r: Array, delta: Array) -> Array:
     t = bounded_ratio(r, delta)
     w = 1 / (1 + t * t)
     return (1 - t) * (1 + t) * (w * w) * jnp.where(jnp.abs(r) > delta, -t * t, 1.0)
 
 
-def _cauchy_mixed(r: Array, delta: Array) -> Array:
+def _cauchy_slope_by_delta(r: Array, delta: Array) -> Array:
     return 2 * sine(r, delta) ** 3 * cosine(r, delta)
 
 
-@with_partials(lambda r, d: _cauchy_mixed(r, d), lambda r, d: _cauchy_delta2(r, d))
-def _cauchy_delta(r: Array, delta: Array) -> Array:
+@with_partials(lambda r, d: _cauchy_slope_by_delta(r, d), lambda r, d: _cauchy_by_delta2(r, d))
+def _cauchy_by_delta(r: Array, delta: Array) -> Array:
     """delta (log(1 + z) - z / (1 + z)), z = (r / delta)**2."""
     a, delta = jnp.abs(r), capped(delta)
     z = bounded_ratio(r, delta) ** 2
     s = z / (2 + z)
     near = multiply(delta, s, z / (1 + z) + 2 * s * s * atanh_series(s * s))
-    far = 2 * _log(a, delta) + jnp.log1p(z) - 1 / (1 + z)
+    far = 2 * _log_ratio(a, delta) + jnp.log1p(z) - 1 / (1 + z)
     return jnp.where(a > delta, delta * far, near)
 
 
@@ -115,7 +116,7 @@ def _cauchy_delta(r: Array, delta: Array) -> Array:
     lambda r, d: 2 * sine(r, d) ** 3 * cosine(r, d) * (1 - 4 * cosine(r, d) ** 2) / d,
     lambda r, d: -2 * sine(r, d) ** 4 * (1 - 4 * cosine(r, d) ** 2) / d,
 )
-def _cauchy_delta2(r: Array, delta: Array) -> Array:
+def _cauchy_by_delta2(r: Array, delta: Array) -> Array:
     """log(1 + z) - t - 2 t**2, t = z / (1 + z)."""
     a, delta = jnp.abs(r), capped(delta)
     z = bounded_ratio(r, delta) ** 2
@@ -123,15 +124,15 @@ def _cauchy_delta2(r: Array, delta: Array) -> Array:
     near = s * (t + 2 * s * s * atanh_series(s * s)) - 2 * t * t
     one = jnp.ones_like(delta)
     w = one_plus_square(r, one, 0 * one, delta)
-    far = w.log - (w.t + 2 * w.t * w.t - w.lost)
+    far = w.log - (w.t + 2 * w.t * w.t - w.log_error)
     return jnp.where(jnp.isinf(r), a, jnp.where(a > delta, far, near))
 
 
-def _log(a: Array, delta: Array) -> Array:
-    """log(a / delta) for a > delta, also where the quotient overflows."""
+def _log_ratio(a: Array, delta: Array) -> Array:
+    """log(a / delta) for a > delta, even if the quotient overflows."""
     half = jnp.finfo(a.dtype).maxexp // 2
     t = delta / a
-    # -log(t) errs with t as the rest of the formula does, so that most of it cancels.
+    # The rounding error of t in -log(t) mostly cancels with that in the rest of the formula.
     near = -jnp.log(jnp.maximum(t, 2.0**-half))
     far = jnp.log(capped(a * 2.0**-half / delta)) + half * math.log(2)
     return jnp.where(t > 2.0**-half, near, jnp.where(jnp.isinf(a), a, far))
@@ -142,14 +143,14 @@ def geman_mcclure(
 ) -> Array:
     """Geman and McClure's loss, `(r**2 / 2) / (1 + (r / delta)**2)`.
 
-    Influence `r / (1 + (r / delta)**2)**2`, largest at `delta / sqrt(3)`; it returns to zero
-    as the inverse cube. The loss is bounded by `delta**2 / 2`. Smooth everywhere.
+    The influence is `r / (1 + (r / delta)**2)**2`, largest at `delta / sqrt(3)`. It returns to
+    zero as the inverse cube. The loss is bounded by `delta**2 / 2` and smooth everywhere.
 
     Args:
         predictions: real numbers of any shape; with `targets=None`, the residual itself.
         targets: of exactly the same shape, or None.
-        delta: where the loss is half its bound, > 0, in the residual's units; broadcasts to
-            the residual and can be differentiated.
+        delta: the |r| at which the loss is half its bound, > 0, in the residual's units;
+            broadcasts to the residual and can be differentiated.
 
     Returns:
         The loss of each residual, in its shape and in the dtype that JAX promotes to.
@@ -170,27 +171,27 @@ def geman_mcclure(
 
 @with_partials(
     lambda r, d: _geman_mcclure_slope(r, d),
-    lambda r, d: _geman_mcclure_slope(d, jnp.abs(r)) + flat(r),
+    lambda r, d: _geman_mcclure_slope(d, jnp.abs(r)) + nan_or_zero(r),
 )
 def _geman_mcclure(r: Array, delta: Array) -> Array:
     delta = capped(delta)
     small = jnp.minimum(jnp.abs(r), delta)
-    return 0.5 * small * (small / (1 + bounded_ratio(r, delta) ** 2)) + flat(r)
+    return 0.5 * small * (small / (1 + bounded_ratio(r, delta) ** 2)) + nan_or_zero(r)
 
 
 @with_partials(
-    lambda r, d: _geman_mcclure_bend(r, d),
-    lambda r, d: _geman_mcclure_mixed(r, d),
+    lambda r, d: _geman_mcclure_curvature(r, d),
+    lambda r, d: _geman_mcclure_slope_by_delta(r, d),
 )
 def _geman_mcclure_slope(r: Array, delta: Array) -> Array:
-    # The loss, (r delta)**2 / (r**2 + delta**2) / 2, is the same with |r| and delta exchanged:
-    # so this is its derivative in delta, too.
+    # The loss, (r delta)**2 / (r**2 + delta**2) / 2, is symmetric in |r| and delta. So this
+    # function with the two exchanged is the derivative in delta.
     a = jnp.abs(r)
-    t, t2, q, lost_t, lost_t2, lost_q = careful_ratio(r, delta)
+    t, t2, q, t_error, t2_error, q_error = ratio_with_errors(r, delta)
     small = jnp.minimum(a, delta) / (q * q)
-    inside = small - small * (2 * lost_q)
+    inside = small - small * (2 * q_error)
     outside = small * t * t2
-    outside = outside + outside * (lost_t + lost_t2 - 2 * lost_q)
+    outside = outside + outside * (t_error + t2_error - 2 * q_error)
     return jnp.sign(r) * jnp.where(a > delta, outside, inside)
 
 
@@ -198,28 +199,29 @@ def _geman_mcclure_slope(r: Array, delta: Array) -> Array:
     lambda r, d: 12 * sine(r, d) * cosine(r, d) ** 5 * (1 - 2 * cosine(r, d) ** 2) / d,
     lambda r, d: -12 * sine(r, d) ** 2 * cosine(r, d) ** 4 * (1 - 2 * cosine(r, d) ** 2) / d,
 )
-def _geman_mcclure_bend(r: Array, delta: Array) -> Array:
+def _geman_mcclure_curvature(r: Array, delta: Array) -> Array:
     # (1 - 3 z) / (1 + z)**3
-    _, t2, q, _, lost_t2, lost_q = careful_ratio(r, delta)
+    _, t2, q, _, t2_error, q_error = ratio_with_errors(r, delta)
     cube = 1 / (q * q * q)
-    cube = cube - cube * (3 * lost_q)
+    cube = cube - cube * (3 * q_error)
     outside = t2 * (t2 * (t2 - 3))
-    outside = outside + outside * (2 * lost_t2)
-    bend = cube * jnp.where(jnp.abs(r) > delta, outside, 1 - 3 * t2)
-    return jnp.where(jnp.isinf(r), flat(delta), bend) + flat(r)
+    outside = outside + outside * (2 * t2_error)
+    curvature = cube * jnp.where(jnp.abs(r) > delta, outside, 1 - 3 * t2)
+    return jnp.where(jnp.isinf(r), nan_or_zero(delta), curvature) + nan_or_zero(r)
 
 
 @with_partials(
     lambda r, d: -12 * sine(r, d) ** 2 * cosine(r, d) ** 4 * (1 - 2 * cosine(r, d) ** 2) / d,
     lambda r, d: 12 * (sine(r, d) * cosine(r, d)) ** 3 * (1 - 2 * cosine(r, d) ** 2) / d,
 )
-def _geman_mcclure_mixed(r: Array, delta: Array) -> Array:
-    """4 u**3 / (1 + u**2)**3, and u / (1 + u**2) is the same of 1 / u."""
+def _geman_mcclure_slope_by_delta(r: Array, delta: Array) -> Array:
+    """4 u**3 / (1 + u**2)**3, where u / (1 + u**2) is the same for 1 / u."""
     t = bounded_ratio(r, delta)
-    return _cube(jnp.sign(r) * (t / (1 + t * t)))
+    return _four_cubed(jnp.sign(r) * (t / (1 + t * t)))
 
 
-def _cube(x: Array) -> Array:
+def _four_cubed(x: Array) -> Array:
+    """4 x**3."""
     return 4 * x * x * x
 
 
@@ -228,14 +230,14 @@ def welsch(
 ) -> Array:
     """Welsch's loss, `delta**2 / 2 (1 - exp(-(r / delta)**2))`, also called Leclerc's.
 
-    Influence `r exp(-(r / delta)**2)`, largest at `delta / sqrt(2)`; it dies out faster than
-    any power. The loss is bounded by `delta**2 / 2`. Smooth everywhere. (With
-    `exp(-(r / k)**2 / 2)`, as others write it, k is `delta / sqrt(2)`.)
+    The influence is `r exp(-(r / delta)**2)`, largest at `delta / sqrt(2)`. It decays faster than
+    any power. The loss is bounded by `delta**2 / 2` and smooth everywhere. (Other authors write
+    `exp(-(r / k)**2 / 2)`, where k is `delta / sqrt(2)`.)
 
     Args:
         predictions: real numbers of any shape; with `targets=None`, the residual itself.
         targets: of exactly the same shape, or None.
-        delta: where the weight is 1 / e, > 0, in the residual's units; broadcasts to the
+        delta: the |r| at which the weight is 1 / e, > 0, in the residual's units; broadcasts to the
             residual and can be differentiated.
 
     Returns:
@@ -254,10 +256,10 @@ def welsch(
     return elementwise(_welsch, predictions, targets, positive("delta", delta))
 
 
-@with_partials(lambda r, d: _welsch_slope(r, d), lambda r, d: _welsch_delta(r, d))
+@with_partials(lambda r, d: _welsch_slope(r, d), lambda r, d: _welsch_by_delta(r, d))
 def _welsch(r: Array, delta: Array) -> Array:
     delta = capped(delta, 64)
-    a = _at_most(jnp.abs(r), _SPENT * delta)
+    a = _minimum(jnp.abs(r), _VANISHED * delta)
     z = (a / delta) ** 2
     near = 0.5 * a * (a * (1 + z * exp_series(z)))
     far = 0.5 * delta * (delta * (1 - jnp.exp(-z)))
@@ -265,49 +267,49 @@ def _welsch(r: Array, delta: Array) -> Array:
 
 
 @with_partials(
-    lambda r, d: _welsch_bend(r, d),
-    lambda r, d: _welsch_mixed(r, d),
+    lambda r, d: _welsch_curvature(r, d),
+    lambda r, d: _welsch_slope_by_delta(r, d),
 )
 def _welsch_slope(r: Array, delta: Array) -> Array:
-    _, times_weight = _welsch_weight(r, delta)
-    return times_weight(jnp.where(jnp.isinf(r), 0.0, r))
+    _, multiply_weight = _welsch_weight(r, delta)
+    return multiply_weight(jnp.where(jnp.isinf(r), 0.0, r))
 
 
 @with_partials(
     lambda r, d: _welsch_third(r, d),
-    lambda r, d: -_tail(r, d) * _welsch_third(r, d),
+    lambda r, d: -_clipped_ratio(r, d) * _welsch_third(r, d),
 )
-def _welsch_bend(r: Array, delta: Array) -> Array:
-    z, times_weight = _welsch_weight(r, delta)
-    return times_weight(1 - 2 * z)
+def _welsch_curvature(r: Array, delta: Array) -> Array:
+    z, multiply_weight = _welsch_weight(r, delta)
+    return multiply_weight(1 - 2 * z)
 
 
 @with_partials(
-    lambda r, d: -_tail(r, d) * _welsch_third(r, d),
-    lambda r, d: _tail(r, d) ** 2 * _welsch_third(r, d),
+    lambda r, d: -_clipped_ratio(r, d) * _welsch_third(r, d),
+    lambda r, d: _clipped_ratio(r, d) ** 2 * _welsch_third(r, d),
 )
-def _welsch_mixed(r: Array, delta: Array) -> Array:
+def _welsch_slope_by_delta(r: Array, delta: Array) -> Array:
     """2 u**3 exp(-z), u = r / delta, z = u**2."""
-    u, (_, times_weight) = _tail(r, delta), _welsch_weight(r, delta)
-    return times_weight(2 * u * u * u)
+    u, (_, multiply_weight) = _clipped_ratio(r, delta), _welsch_weight(r, delta)
+    return multiply_weight(2 * u * u * u)
 
 
-@with_partials(lambda r, d: _welsch_mixed(r, d), lambda r, d: _welsch_delta2(r, d))
-def _welsch_delta(r: Array, delta: Array) -> Array:
+@with_partials(lambda r, d: _welsch_slope_by_delta(r, d), lambda r, d: _welsch_by_delta2(r, d))
+def _welsch_by_delta(r: Array, delta: Array) -> Array:
     """delta (1 - (1 + z) exp(-z))."""
     delta = capped(delta)
-    z = _tail(r, delta) ** 2
+    z = _clipped_ratio(r, delta) ** 2
     far = delta * (1 - (1 + z) * jnp.exp(-z))
     return jnp.where(z > math.log(2), far, multiply(delta, z, z, _welsch_series(z)))
 
 
 @with_partials(
-    lambda r, d: _tail(r, d) ** 2 * _welsch_third(r, d),
-    lambda r, d: -(_tail(r, d) ** 3) * _welsch_third(r, d),
+    lambda r, d: _clipped_ratio(r, d) ** 2 * _welsch_third(r, d),
+    lambda r, d: -(_clipped_ratio(r, d) ** 3) * _welsch_third(r, d),
 )
-def _welsch_delta2(r: Array, delta: Array) -> Array:
+def _welsch_by_delta2(r: Array, delta: Array) -> Array:
     """1 - (1 + z + 2 z**2) exp(-z)."""
-    z = _tail(r, capped(delta)) ** 2
+    z = _clipped_ratio(r, capped(delta)) ** 2
     e = jnp.exp(-z)
     near = z * (z * (_welsch_series(z) - 2 * e))
     return jnp.where(z > math.log(2), 1 - (1 + z + 2 * z * z) * e, near)
@@ -315,50 +317,56 @@ def _welsch_delta2(r: Array, delta: Array) -> Array:
 
 def _welsch_series(z: Array) -> Array:
     """(1 - (1 + z) exp(-z)) / z**2 for z up to log 2."""
-    held = jnp.where(z > math.log(2), 0.0, z)
-    series = exp_series(held)
-    return 1 + series + held * series
+    small = jnp.where(z > math.log(2), 0.0, z)
+    series = exp_series(small)
+    return 1 + series + small * series
 
 
 @with_partials(
-    *partials_of(
-        lambda r, d: (4 * _tail(r, d) ** 2 - 6) * _tail(r, d) * jnp.exp(-(_tail(r, d) ** 2)) / d, 2
+    *automatic_partials(
+        lambda r, d: (
+            (4 * _clipped_ratio(r, d) ** 2 - 6)
+            * _clipped_ratio(r, d)
+            * jnp.exp(-(_clipped_ratio(r, d) ** 2))
+            / d
+        ),
+        2,
     )
 )
 def _welsch_third(r: Array, delta: Array) -> Array:
-    """u (4 z - 6) exp(-z) / delta; times a power of -u it is every third derivative."""
-    z, times_weight = _welsch_weight(r, delta)
-    return times_weight((4 * z - 6) * _tail(r, delta) / delta)
+    """u (4 z - 6) exp(-z) / delta. Times a power of -u, it is any third derivative."""
+    z, multiply_weight = _welsch_weight(r, delta)
+    return multiply_weight((4 * z - 6) * _clipped_ratio(r, delta) / delta)
 
 
 def _welsch_weight(r: Array, delta: Array) -> tuple[Array, Callable[[Array], Array]]:
     """z = (r / delta)**2, and a function that multiplies by exp(-z).
 
-    The exponential amplifies what rounding took from z, so that is put back; and it would be
-    subnormal before its product is, so it is multiplied in up to three parts.
+    The exponential amplifies the rounding error of z, which is corrected. The exponential may be
+    subnormal where the product is not, so it is multiplied in up to three parts.
     """
     delta = capped(delta, 64)
-    u, lost_u = quotient(_at_most(jnp.abs(r), _SPENT * delta), delta)
-    z, lost_z = product(u, u)
+    u, u_error = quotient(_minimum(jnp.abs(r), _VANISHED * delta), delta)
+    z, z_error = product(u, u)
     part = 64.0 if z.dtype == jnp.float32 else 512.0
-    once, twice = z > part, z > 2 * part
-    shift = jnp.where(twice, 2 * part, jnp.where(once, part, 0.0))
-    e = jnp.exp(shift - z) * (1 - (lost_z + 2 * u * lost_u))
+    above_one, above_two = z > part, z > 2 * part
+    shift = jnp.where(above_two, 2 * part, jnp.where(above_one, part, 0.0))
+    e = jnp.exp(shift - z) * (1 - (z_error + 2 * u * u_error))
 
-    def times_weight(x: Array) -> Array:
-        x = x * e * jnp.where(once, math.exp(-part), 1.0)
-        return x * jnp.where(twice, math.exp(-part), 1.0)
+    def multiply_weight(x: Array) -> Array:
+        x = x * e * jnp.where(above_one, math.exp(-part), 1.0)
+        return x * jnp.where(above_two, math.exp(-part), 1.0)
 
-    return z, times_weight
+    return z, multiply_weight
 
 
-def _tail(r: Array, delta: Array) -> Array:
-    """r / delta, held finite where exp(-(r / delta)**2) is 0."""
+def _clipped_ratio(r: Array, delta: Array) -> Array:
+    """r / delta, clipped where exp(-(r / delta)**2) is 0."""
     delta = capped(delta, 64)
-    return jnp.clip(r, -_SPENT * delta, _SPENT * delta) / delta
+    return jnp.clip(r, -_VANISHED * delta, _VANISHED * delta) / delta
 
 
-_SPENT = 40.0  # r / delta from which exp(-(r / delta)**2) is 0 in every precision
+_VANISHED = 40.0  # |r| / delta from which exp(-(r / delta)**2) is 0 in every precision
 
 
 def tukey(
@@ -366,13 +374,13 @@ def tukey(
 ) -> Array:
     """Tukey's biweight (bisquare), `delta**2 / 6 (1 - (1 - (r / delta)**2)**3)` up to `delta`.
 
-    Influence `r (1 - (r / delta)**2)**2`, largest at `delta / sqrt(5)` and 0 from `delta` on,
-    where the loss stays at `delta**2 / 6`. The influence and its slope are continuous.
+    The influence is `r (1 - (r / delta)**2)**2`, largest at `delta / sqrt(5)` and 0 from `delta`
+    on, where the loss stays at `delta**2 / 6`. The influence and its derivative are continuous.
 
     Args:
         predictions: real numbers of any shape; with `targets=None`, the residual itself.
         targets: of exactly the same shape, or None.
-        delta: from where on a residual has no influence, > 0, in the residual's units;
+        delta: the |r| from which a residual has no influence, > 0, in the residual's units;
             broadcasts to the residual and can be differentiated.
 
     Returns:
@@ -391,83 +399,83 @@ def tukey(
     return elementwise(_tukey, predictions, targets, positive("delta", delta))
 
 
-@with_partials(lambda r, d: _tukey_slope(r, d), lambda r, d: _tukey_delta(r, d))
+@with_partials(lambda r, d: _tukey_slope(r, d), lambda r, d: _tukey_by_delta(r, d))
 def _tukey(r: Array, delta: Array) -> Array:
     delta = capped(delta)
-    a = _at_most(jnp.abs(r), delta)
+    a = _minimum(jnp.abs(r), delta)
     z = (a / delta) ** 2
     q = _margin(a, delta)
     far = delta * (delta * ((1 - q * q * q) / 6))
     return jnp.where(z > 0.5, far, 0.5 * a * (a * (1 - z + z * z / 3)))
 
 
-@with_partials(lambda r, d: _tukey_bend(r, d), lambda r, d: _tukey_mixed(r, d))
+@with_partials(lambda r, d: _tukey_curvature(r, d), lambda r, d: _tukey_slope_by_delta(r, d))
 def _tukey_slope(r: Array, delta: Array) -> Array:
     delta = capped(delta)
-    inside = _inside(r, delta)
+    inside = _truncated(r, delta)
     q = _margin(jnp.abs(r), delta)
     return inside * (q * q)
 
 
 @with_partials(
     lambda r, d: _tukey_third(r, d),
-    lambda r, d: -_share(r, d) * _tukey_third(r, d),
+    lambda r, d: -_truncated_ratio(r, d) * _tukey_third(r, d),
 )
-def _tukey_bend(r: Array, delta: Array) -> Array:
+def _tukey_curvature(r: Array, delta: Array) -> Array:
     delta = capped(delta)
-    u = _share(r, delta)
+    u = _truncated_ratio(r, delta)
     return _margin(jnp.abs(r), delta) * (1 - 5 * u * u)
 
 
 @with_partials(
-    lambda r, d: -_share(r, d) * _tukey_third(r, d),
-    lambda r, d: _share(r, d) ** 2 * _tukey_third(r, d),
+    lambda r, d: -_truncated_ratio(r, d) * _tukey_third(r, d),
+    lambda r, d: _truncated_ratio(r, d) ** 2 * _tukey_third(r, d),
 )
-def _tukey_mixed(r: Array, delta: Array) -> Array:
+def _tukey_slope_by_delta(r: Array, delta: Array) -> Array:
     """4 u**3 (1 - u**2), u = r / delta."""
     delta = capped(delta)
-    return _cube(_share(r, delta)) * _margin(jnp.abs(r), delta)
+    return _four_cubed(_truncated_ratio(r, delta)) * _margin(jnp.abs(r), delta)
 
 
-@with_partials(lambda r, d: _tukey_mixed(r, d), lambda r, d: _tukey_delta2(r, d))
-def _tukey_delta(r: Array, delta: Array) -> Array:
+@with_partials(lambda r, d: _tukey_slope_by_delta(r, d), lambda r, d: _tukey_by_delta2(r, d))
+def _tukey_by_delta(r: Array, delta: Array) -> Array:
     """delta u**4 (1 - 2 / 3 u**2), and delta / 3 beyond delta."""
     delta = capped(delta)
-    u = _share(r, delta)
+    u = _truncated_ratio(r, delta)
     inside = multiply(delta, u, u, u, u, 1 - 2 * u * u / 3)
     return jnp.where(jnp.abs(r) > delta, delta / 3, inside)
 
 
 @with_partials(
-    lambda r, d: _share(r, d) ** 2 * _tukey_third(r, d),
-    lambda r, d: -(_share(r, d) ** 3) * _tukey_third(r, d),
+    lambda r, d: _truncated_ratio(r, d) ** 2 * _tukey_third(r, d),
+    lambda r, d: -(_truncated_ratio(r, d) ** 3) * _tukey_third(r, d),
 )
-def _tukey_delta2(r: Array, delta: Array) -> Array:
+def _tukey_by_delta2(r: Array, delta: Array) -> Array:
     """u**4 (10 / 3 u**2 - 3), and 1 / 3 beyond delta."""
     delta = capped(delta)
-    z = _share(r, delta) ** 2
+    z = _truncated_ratio(r, delta) ** 2
     return jnp.where(jnp.abs(r) > delta, 1 / 3, z * (z * (10 * z / 3 - 3)))
 
 
 def _tukey_third(r: Array, delta: Array) -> Array:
-    """u (20 u**2 - 12) / delta; times a power of -u it is every third derivative."""
-    u = _share(r, delta)
+    """u (20 u**2 - 12) / delta. Times a power of -u, it is any third derivative."""
+    u = _truncated_ratio(r, delta)
     return u * (20 * u * u - 12) / delta
 
 
-def _share(r: Array, delta: Array) -> Array:
-    """r / delta up to |r| = delta and 0 beyond."""
-    return _inside(r, delta) / delta
+def _truncated_ratio(r: Array, delta: Array) -> Array:
+    """r / delta for |r| <= delta, else 0."""
+    return _truncated(r, delta) / delta
 
 
 @with_partials(
-    lambda a, d: -2 * _inside(a, d) / d / d,
-    lambda a, d: 2 * (_inside(a, d) / d) ** 2 / d,
+    lambda a, d: -2 * _truncated(a, d) / d / d,
+    lambda a, d: 2 * (_truncated(a, d) / d) ** 2 / d,
 )
 def _margin(a: Array, delta: Array) -> Array:
-    """1 - (a / delta)**2 up to a = delta and 0 beyond, to its last digits."""
-    t, lost = quotient(delta - _at_most(a, delta), delta)
-    return t * (2 - t) + 2 * (1 - t) * lost
+    """1 - (a / delta)**2 for a <= delta, else 0, without cancellation."""
+    t, error = quotient(delta - _minimum(a, delta), delta)
+    return t * (2 - t) + 2 * (1 - t) * error
 
 
 def andrews(
@@ -475,8 +483,8 @@ def andrews(
 ) -> Array:
     """Andrews' wave, `delta**2 (1 - cos(r / delta))` up to `|r| = pi delta`.
 
-    Influence `delta sin(r / delta)`, largest at `pi / 2 delta` and 0 from `pi delta` on,
-    where the loss stays at `2 delta**2`. The second derivative is `cos(r / delta)`; at
+    The influence is `delta sin(r / delta)`, largest at `pi / 2 delta` and 0 from `pi delta` on,
+    where the loss stays at `2 delta**2`. The second derivative is `cos(r / delta)`. At
     `pi delta` it jumps from -1 to 0.
 
     Args:
@@ -503,86 +511,88 @@ def andrews(
     return elementwise(_andrews, predictions, targets, positive("delta", delta))
 
 
-@with_partials(lambda r, d: _andrews_slope(r, d), lambda r, d: _andrews_delta(r, d))
+@with_partials(lambda r, d: _andrews_slope(r, d), lambda r, d: _andrews_by_delta(r, d))
 def _andrews(r: Array, delta: Array) -> Array:
     delta = capped(delta, 4)
-    a = _at_most(jnp.abs(r), math.pi * delta)
+    a = _minimum(jnp.abs(r), math.pi * delta)
     u = a / delta
-    near = 0.5 * a * (a * polynomial(u * u, _VALUE))
+    near = 0.5 * a * (a * polynomial(u * u, _ANDREWS_VALUE))
     return jnp.where(u > 0.5 * math.pi, delta * (delta * (1 - jnp.cos(u))), near)
 
 
-@with_partials(lambda r, d: _andrews_bend(r, d), lambda r, d: _andrews_mixed(r, d))
+@with_partials(lambda r, d: _andrews_curvature(r, d), lambda r, d: _andrews_slope_by_delta(r, d))
 def _andrews_slope(r: Array, delta: Array) -> Array:
     delta = capped(delta, 4)
-    return _arc(_before(r, math.pi * delta), delta)
+    return _scaled_sine(_truncated_open(r, math.pi * delta), delta)
 
 
 @with_partials(
-    lambda r, d: -jnp.sin(_wave(r, d)) / d,
-    lambda r, d: _wave(r, d) * jnp.sin(_wave(r, d)) / d,
+    lambda r, d: -jnp.sin(_truncated_angle(r, d)) / d,
+    lambda r, d: _truncated_angle(r, d) * jnp.sin(_truncated_angle(r, d)) / d,
 )
-def _andrews_bend(r: Array, delta: Array) -> Array:
+def _andrews_curvature(r: Array, delta: Array) -> Array:
     delta = capped(delta, 4)
-    return jnp.where(jnp.abs(r) >= math.pi * delta, 0.0, jnp.cos(_wave(r, delta)))
+    return jnp.where(jnp.abs(r) >= math.pi * delta, 0.0, jnp.cos(_truncated_angle(r, delta)))
 
 
 @with_partials(
-    lambda r, d: _wave(r, d) * jnp.sin(_wave(r, d)) / d,
-    lambda r, d: -(_wave(r, d) ** 2) * jnp.sin(_wave(r, d)) / d,
+    lambda r, d: _truncated_angle(r, d) * jnp.sin(_truncated_angle(r, d)) / d,
+    lambda r, d: -(_truncated_angle(r, d) ** 2) * jnp.sin(_truncated_angle(r, d)) / d,
 )
-def _andrews_mixed(r: Array, delta: Array) -> Array:
+def _andrews_slope_by_delta(r: Array, delta: Array) -> Array:
     """sin u - u cos u, u = r / delta."""
-    u = _wave(r, delta)
-    held = jnp.where(jnp.abs(u) > 1, 1.0, u)
-    near = held * (held * (held * polynomial(held * held, _MIXED)))
+    u = _truncated_angle(r, delta)
+    small = jnp.where(jnp.abs(u) > 1, 1.0, u)
+    near = small * (small * (small * polynomial(small * small, _ANDREWS_SLOPE_BY_DELTA)))
     return jnp.where(jnp.abs(u) > 1, jnp.sin(u) - u * jnp.cos(u), near)
 
 
-@with_partials(lambda r, d: _andrews_mixed(r, d), lambda r, d: _andrews_delta2(r, d))
-def _andrews_delta(r: Array, delta: Array) -> Array:
+@with_partials(lambda r, d: _andrews_slope_by_delta(r, d), lambda r, d: _andrews_by_delta2(r, d))
+def _andrews_by_delta(r: Array, delta: Array) -> Array:
     """delta (2 (1 - cos u) - u sin u), and 4 delta from pi delta on."""
-    u = _wave(r, delta)
-    held = jnp.where(jnp.abs(u) > 1, 1.0, u)
-    beyond, delta = jnp.abs(r) >= math.pi * capped(delta, 4), capped(delta)
-    near = multiply(delta, held, held, held, held, polynomial(held * held, _BY_DELTA))
-    far = delta * jnp.where(beyond, 4.0, 2 * (1 - jnp.cos(u)) - u * jnp.sin(u))
-    return jnp.where(beyond | (jnp.abs(u) > 1), far, near)
+    u = _truncated_angle(r, delta)
+    small = jnp.where(jnp.abs(u) > 1, 1.0, u)
+    outside, delta = jnp.abs(r) >= math.pi * capped(delta, 4), capped(delta)
+    near = multiply(delta, small, small, small, small, polynomial(small * small, _ANDREWS_BY_DELTA))
+    far = delta * jnp.where(outside, 4.0, 2 * (1 - jnp.cos(u)) - u * jnp.sin(u))
+    return jnp.where(outside | (jnp.abs(u) > 1), far, near)
 
 
 @with_partials(
-    lambda r, d: -(_wave(r, d) ** 2) * jnp.sin(_wave(r, d)) / d,
-    lambda r, d: _wave(r, d) ** 3 * jnp.sin(_wave(r, d)) / d,
+    lambda r, d: -(_truncated_angle(r, d) ** 2) * jnp.sin(_truncated_angle(r, d)) / d,
+    lambda r, d: _truncated_angle(r, d) ** 3 * jnp.sin(_truncated_angle(r, d)) / d,
 )
-def _andrews_delta2(r: Array, delta: Array) -> Array:
+def _andrews_by_delta2(r: Array, delta: Array) -> Array:
     """2 (1 - cos u) - 2 u sin u + u**2 cos u, and 4 from pi delta on."""
-    u = _wave(r, delta)
-    held = jnp.where(jnp.abs(u) > 1, 1.0, u)
-    z = held * held
-    near = z * (z * polynomial(z, _BY_DELTA2))
+    u = _truncated_angle(r, delta)
+    small = jnp.where(jnp.abs(u) > 1, 1.0, u)
+    z = small * small
+    near = z * (z * polynomial(z, _ANDREWS_BY_DELTA2))
     far = 2 * (1 - jnp.cos(u)) - 2 * u * jnp.sin(u) + u * u * jnp.cos(u)
-    bend = jnp.where(jnp.abs(u) > 1, far, near)
-    return jnp.where(jnp.abs(r) >= math.pi * capped(delta, 4), 4.0, bend)
+    curvature = jnp.where(jnp.abs(u) > 1, far, near)
+    return jnp.where(jnp.abs(r) >= math.pi * capped(delta, 4), 4.0, curvature)
 
 
-def _arc(r: Array, delta: Array) -> Array:
-    """delta sin(r / delta), which is r where the quotient may underflow."""
+def _scaled_sine(r: Array, delta: Array) -> Array:
+    """delta sin(r / delta), which is r for a quotient so small that it may underflow."""
     a = jnp.abs(r)
-    u, lost = quotient(a, delta)
-    sine = jnp.sin(u) + lost * jnp.cos(u)
+    u, error = quotient(a, delta)
+    sine = jnp.sin(u) + error * jnp.cos(u)
     return jnp.sign(r) * jnp.where(u * u < jnp.finfo(r.dtype).eps, a, delta * sine)
 
 
-def _wave(r: Array, delta: Array) -> Array:
-    """r / delta up to pi and 0 from there on."""
+def _truncated_angle(r: Array, delta: Array) -> Array:
+    """r / delta for |r| < pi delta, else 0."""
     delta = capped(delta, 4)
-    return _before(r, math.pi * delta) / delta
+    return _truncated_open(r, math.pi * delta) / delta
 
 
-_VALUE = tuple((-1.0) ** k * 2 / math.factorial(2 * k + 2) for k in range(13))
-_MIXED = tuple((-1.0) ** (k + 1) * 2 * k / math.factorial(2 * k + 1) for k in range(1, 11))
-_BY_DELTA = tuple((-1.0) ** k * (2 * k - 2) / math.factorial(2 * k) for k in range(2, 12))
-_BY_DELTA2 = tuple(
+_ANDREWS_VALUE = tuple((-1.0) ** k * 2 / math.factorial(2 * k + 2) for k in range(13))
+_ANDREWS_SLOPE_BY_DELTA = tuple(
+    (-1.0) ** (k + 1) * 2 * k / math.factorial(2 * k + 1) for k in range(1, 11)
+)
+_ANDREWS_BY_DELTA = tuple((-1.0) ** k * (2 * k - 2) / math.factorial(2 * k) for k in range(2, 12))
+_ANDREWS_BY_DELTA2 = tuple(
     (-1.0) ** (k + 1) * (4 * k - 2) * (k - 1) / math.factorial(2 * k) for k in range(2, 13)
 )
 
@@ -594,11 +604,11 @@ def hampel(
     delta: ArrayLike = 1.0,
     knots: Sequence[ArrayLike] = (1.5, 3.5, 8.0),
 ) -> Array:
-    """Hampel's three-part loss: Huber's, with an influence that is led back to zero.
+    """Hampel's three-part loss: Huber's loss, but with an influence that returns to zero.
 
     With the knots a, b, c (times `delta`) the influence is r up to a, stays at a up to b,
-    falls linearly to 0 at c, and is 0 beyond, where the loss stays at `a (b + c - a) / 2`. At
-    a knot the side nearer to 0 is taken: the second derivative is 1 at a, 0 at b and
+    decreases linearly to 0 at c, and is 0 beyond, where the loss stays at `a (b + c - a) / 2`. At
+    a knot the second derivative is that of the side nearer to 0: 1 at a, 0 at b and
     `-a / (c - b)` at c.
 
     Args:
@@ -608,8 +618,8 @@ def hampel(
             and can be differentiated.
         knots: three numbers 0 < a <= b < c, in units of `delta`; with the default
             `delta=1.0` they are the knots themselves. Each broadcasts to the residual and
-            can be differentiated. R's MASS takes (2, 4, 8); the default is robustbase's,
-            where 95 % efficiency at the normal is at `delta=0.9014`.
+            can be differentiated. The default of R's MASS is (2, 4, 8). This one is
+            robustbase's, where 95 % efficiency at the normal is at `delta=0.9014`.
 
     Returns:
         The loss of each residual, in its shape and in the dtype that JAX promotes to.
@@ -632,74 +642,75 @@ def hampel(
     a, c = (positive("knots", knot) for knot in (knots[0], knots[2]))
     law = "must be in the order a <= b < c"
     b = constrained("knots", law, lambda b, a, c: (a <= b) & (b < c), knots[1], knots[0], knots[2])
-    return elementwise(_hampel_held, predictions, targets, a * unit, b * unit, c * unit)
+    return elementwise(_hampel_capped, predictions, targets, a * unit, b * unit, c * unit)
 
 
-def _hampel_held(r: Array, a: Array, b: Array, c: Array) -> Array:
-    broken = flat(a + b + c)
-    a, b, c = capped(a, 4) + broken, capped(b, 2) + broken, capped(c) + broken
+def _hampel_capped(r: Array, a: Array, b: Array, c: Array) -> Array:
+    invalid = nan_or_zero(a + b + c)
+    a, b, c = capped(a, 4) + invalid, capped(b, 2) + invalid, capped(c) + invalid
     return _hampel(r, a, b, c)
 
 
 @with_partials(
     lambda r, a, b, c: _hampel_slope(r, a, b, c),
     lambda r, a, b, c: _hampel_by_a(r, a, b, c),
-    lambda r, a, b, c: 0.5 * a * (1 - _fall(r, b, c) ** 2) * _past(r, b),
-    lambda r, a, b, c: 0.5 * a * (1 - _fall(r, b, c)) ** 2 * _past(r, b),
+    lambda r, a, b, c: 0.5 * a * (1 - _descent(r, b, c) ** 2) * _outside_indicator(r, b),
+    lambda r, a, b, c: 0.5 * a * (1 - _descent(r, b, c)) ** 2 * _outside_indicator(r, b),
 )
 def _hampel(r: Array, a: Array, b: Array, c: Array) -> Array:
-    x = _at_most(jnp.abs(r), c)
+    x = _minimum(jnp.abs(r), c)
     y = jnp.maximum(x - b, 0)
-    # y (1 - y / (c - b) / 2) is what the falling part adds to b - a / 2.
-    top = 0.5 * y * (2 - y / (c - b))
-    bent = a * ((jnp.minimum(x, b) - 0.5 * a) + jnp.where(x > b, top, 0.0))
-    return jnp.where(x > a, bent, 0.5 * x * x)
+    # y (1 - y / (c - b) / 2) is the integral of the descent, in units of a.
+    descent_gain = 0.5 * y * (2 - y / (c - b))
+    outer = a * ((jnp.minimum(x, b) - 0.5 * a) + jnp.where(x > b, descent_gain, 0.0))
+    return jnp.where(x > a, outer, 0.5 * x * x)
 
 
 def _hampel_slope(r: Array, a: Array, b: Array, c: Array) -> Array:
     x = jnp.where(jnp.abs(r) > a, jnp.sign(r) * a, r)
-    return x * _fall(r, b, c) + flat(jnp.abs(r) + c)
+    return x * _descent(r, b, c) + nan_or_zero(jnp.abs(r) + c)
 
 
 def _hampel_by_a(r: Array, a: Array, b: Array, c: Array) -> Array:
-    x = _at_most(jnp.abs(r), b)
-    rise = 0.5 * (c - b) * (1 - _fall(r, b, c) ** 2)
-    return jnp.where(jnp.abs(r) > a, x - a + rise, 0.0) + flat(r)
+    x = _minimum(jnp.abs(r), b)
+    rise = 0.5 * (c - b) * (1 - _descent(r, b, c) ** 2)
+    return jnp.where(jnp.abs(r) > a, x - a + rise, 0.0) + nan_or_zero(r)
 
 
 @with_partials(
-    lambda r, b, c: -jnp.sign(r) * _falling(r, b, c) / (c - b),
-    lambda r, b, c: _falling(r, b, c) * _fall(r, b, c) / (c - b),
-    lambda r, b, c: _falling(r, b, c) * (1 - _fall(r, b, c)) / (c - b),
+    lambda r, b, c: -jnp.sign(r) * _descent_indicator(r, b, c) / (c - b),
+    lambda r, b, c: _descent_indicator(r, b, c) * _descent(r, b, c) / (c - b),
+    lambda r, b, c: _descent_indicator(r, b, c) * (1 - _descent(r, b, c)) / (c - b),
 )
-def _fall(r: Array, b: Array, c: Array) -> Array:
-    """1 up to |r| = b, then falling linearly to 0 at c."""
-    x = _at_most(jnp.abs(r), c)
+def _descent(r: Array, b: Array, c: Array) -> Array:
+    """1 for |r| <= b, then a linear descent to 0 at c."""
+    x = _minimum(jnp.abs(r), c)
     return jnp.where(x > b, (c - x) / (c - b), 1.0)
 
 
-def _falling(r: Array, b: Array, c: Array) -> Array:
-    """1 between b and c, c included."""
-    return within(r, c) - within(r, b)
+def _descent_indicator(r: Array, b: Array, c: Array) -> Array:
+    """1 for b < |r| <= c, else 0."""
+    return inside_indicator(r, c) - inside_indicator(r, b)
 
 
-def _past(r: Array, b: Array) -> Array:
-    return 1 - within(r, b)
+def _outside_indicator(r: Array, b: Array) -> Array:
+    """1 for |r| > b, else 0."""
+    return 1 - inside_indicator(r, b)
 
 
 def talwar(
     predictions: ArrayLike, targets: ArrayLike | None = None, *, delta: ArrayLike = 1.0
 ) -> Array:
-    """Talwar's loss, `min(r**2, delta**2) / 2`: least squares with the far points left out.
+    """Talwar's loss, `min(r**2, delta**2) / 2`: least squares without the far points.
 
-    Influence r up to `|r| = delta`, the edge included, and 0 beyond. It jumps there, and the
-    second derivative, 1 inside and 0 outside, does not show the jump. Also called the
+    The influence is r up to `|r| = delta`, the edge included, and 0 beyond. It jumps at the edge,
+    and the second derivative, 1 inside and 0 outside, does not show the jump. Other names are the
     truncated or skipped-mean loss, and the truncated quadratic.
 
     Args:
         predictions: real numbers of any shape; with `targets=None`, the residual itself.
         targets: of exactly the same shape, or None.
-        delta: from where on a residual has no influence, > 0, in the residual's units;
+        delta: the |r| from which a residual has no influence, > 0, in the residual's units;
             broadcasts to the residual and can be differentiated.
 
     Returns:
@@ -720,27 +731,27 @@ def talwar(
 
 
 @with_partials(
-    lambda r, d: _inside(r, d) * within(r, d),
-    lambda r, d: capped(d) * (1 - within(r, d)),
+    lambda r, d: _truncated(r, d) * inside_indicator(r, d),
+    lambda r, d: capped(d) * (1 - inside_indicator(r, d)),
 )
 def _talwar(r: Array, delta: Array) -> Array:
-    a = _at_most(jnp.abs(r), delta)
+    a = _minimum(jnp.abs(r), delta)
     return 0.5 * a * a
 
 
-# Shared by the family.
+# Functions that the losses of this family share.
 
 
-def _at_most(a: Array, top: Array) -> Array:
-    """min(a, top), but NaN stays NaN."""
-    return jnp.where(a > top, top, a) + flat(a + top)
+def _minimum(a: Array, upper: Array) -> Array:
+    """min(a, upper); NaN stays NaN."""
+    return jnp.where(a > upper, upper, a) + nan_or_zero(a + upper)
 
 
-def _inside(r: Array, edge: Array) -> Array:
-    """r up to |r| = edge and 0 beyond."""
-    return jnp.where(jnp.abs(r) > edge, 0.0, r) + flat(r + edge)
+def _truncated(r: Array, edge: Array) -> Array:
+    """r for |r| <= edge, else 0; NaN stays NaN."""
+    return jnp.where(jnp.abs(r) > edge, 0.0, r) + nan_or_zero(r + edge)
 
 
-def _before(r: Array, edge: Array) -> Array:
-    """r up to |r| = edge and 0 from there on: pi rounded may lie beyond pi, with a sine below 0."""
-    return jnp.where(jnp.abs(r) >= edge, 0.0, r) + flat(r + edge)
+def _truncated_open(r: Array, edge: Array) -> Array:
+    """r for |r| < edge, else 0. At the edge, pi rounded may be above pi, with a negative sine."""
+    return jnp.where(jnp.abs(r) >= edge, 0.0, r) + nan_or_zero(r + edge)

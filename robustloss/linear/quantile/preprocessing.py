@@ -14,13 +14,13 @@ from jax import Array, lax
 from robustloss._numerics.order_statistics import smallest
 from robustloss._regression import (
     Problem,
-    both_predictions,
-    lengths,
-    part,
-    rows,
+    design_rows,
+    row_lengths,
     solve,
-    spaced,
-    sums,
+    spaced_rows,
+    subset,
+    sum_over_rows,
+    two_predictions,
 )
 from robustloss.linear.irls import least_squares, subsample
 from robustloss.linear.quantile.frisch_newton import frisch_newton
@@ -31,14 +31,14 @@ _ROUNDS = 12
 
 
 def in_rounds(
-    of: Problem, unit: Array, level: Array, tolerance: float
+    problem: Problem, unit: Array, level: Array, tolerance: float
 ) -> tuple[Basis, Array, Array, Array, Array]:
     """With a sixteenth of the rows: first any, to see where the others are, then the nearest.
 
     The vertex, `y - q b`, what no other b can be below, the steps, and whether all rows are on the
     side they were taken to be on.
     """
-    n, k = len(of.y), len(of.constants)
+    n, k = len(problem.y), len(problem.constants)
     count = max(_ROWS, n // 16)
 
     class State(NamedTuple):
@@ -51,7 +51,9 @@ def in_rounds(
         apart: Array  # whether rows that are met together are taken apart
         settled: Array
 
-    size = jnp.where(of.size > 0, of.size, jnp.mean(jnp.abs(of.y)))  # most y may be one number
+    size = jnp.where(
+        problem.y_size > 0, problem.y_size, jnp.mean(jnp.abs(problem.y))
+    )  # most y may be one number
     size = jnp.where(size > 0, size, 1)
 
     def noise(y: Array) -> Array:
@@ -67,38 +69,38 @@ def in_rounds(
         return width * (these * jnp.asarray(0.6180339887498949, width.dtype) % 1 - 0.5)
 
     def weights() -> Array:  # made when needed, not kept
-        return of.each() / unit
+        return problem.row_weights() / unit
 
     def nearest(residuals: Array) -> tuple[Array, Array]:
-        return _nearest(of, weights(), residuals, anyway, count)
+        return _nearest(problem, weights(), residuals, anyway, count)
 
     def sample(residuals: Array) -> tuple[Array, Array]:
         return any_rows, jnp.zeros(n, bool)
 
     def round(at: State) -> State:
         each = weights()
-        y = of.y + jnp.where(at.apart, apart(jnp.arange(n)), 0)
+        y = problem.y + jnp.where(at.apart, apart(jnp.arange(n)), 0)
         side = jnp.where(at.residuals >= 0, level, level - 1)
         which, out = lax.cond(at.sampling, sample, nearest, at.residuals)
         rough = at.sampling & ~at.apart
-        others = sums(of, _pulls, jnp.where(out, side * each, 0), y)
-        near = part(of, which)
+        others = sum_over_rows(problem, _pulls, jnp.where(out, side * each, 0), y)
+        near = subset(problem, which)
         w = jnp.where(which < n, each[which], 0)
         moved = w * jnp.where(at.apart, apart(which), 0)
-        a, near_y, kept = w[:, None] * rows(near), w * near.y + moved, w > 0
+        a, near_y, kept = w[:, None] * design_rows(near), w * near.y + moved, w > 0
         b, bound, steps = frisch_newton(
             a, near_y, kept, level, others, at.found.b, jnp.where(rough, 1e-4, tolerance)
         )
         found = simplex(a, near_y, kept, level, others, b, jnp.where(rough, 0, 200))
         basis = jnp.where(found.rows < count, which[found.rows], n)
         exactly = found.b - _shift(a, moved, found.rows)
-        theirs, ours = both_predictions(of, found.b, exactly)
-        ours = of.y - ours
-        theirs = (of.y - theirs) + jnp.where(at.apart, apart(jnp.arange(n)), 0)
+        theirs, ours = two_predictions(problem, found.b, exactly)
+        ours = problem.y - ours
+        theirs = (problem.y - theirs) + jnp.where(at.apart, apart(jnp.arange(n)), 0)
         # A row that is met may count as on either side.
-        over = jnp.where(at.residuals >= 0, theirs, -theirs) < -noise(of.y)
+        over = jnp.where(at.residuals >= 0, theirs, -theirs) < -noise(problem.y)
         astray = jnp.any(out & over)
-        unlike = (each > 0) & (ours * jnp.sign(theirs) < -noise(of.y))
+        unlike = (each > 0) & (ours * jnp.sign(theirs) < -noise(problem.y))
         unlike = jnp.any(unlike.at[basis].set(False, mode="drop"))
         settled = ~at.sampling & ~astray
         # So rough a fit is only next to what they are met by.
@@ -121,17 +123,17 @@ def in_rounds(
             settled & ~unlike,
         )
 
-    kept = of.counted()
+    kept = problem.weighted_rows()
     if kept is None:
         any_rows = jnp.minimum(-(-n // count) * jnp.arange(count, dtype=jnp.int32), n)
     else:
-        any_rows = spaced(kept, n, count)
+        any_rows = spaced_rows(kept, n, count)
     anyway = any_rows[::8]  # or what sets a column apart could be missing
-    start = least_squares(subsample(of) or of)
+    start = least_squares(subsample(problem) or problem)
     no = jnp.asarray(False)
     zero = jnp.int32(0)
     begin = State(
-        Basis(jnp.zeros(k, jnp.int32), start, no, no, no, zero), of.y, jnp.zeros_like(of.size),
+        Basis(jnp.zeros(k, jnp.int32), start, no, no, no, zero), problem.y, jnp.zeros_like(problem.y_size),
         zero, zero, ~no, no, no,
     )  # fmt: skip
     end = lax.while_loop(lambda at: ~at.settled & (at.rounds < _ROUNDS), round, begin)
@@ -139,14 +141,14 @@ def in_rounds(
 
 
 def _nearest(
-    of: Problem, each: Array, residuals: Array, anyway: Array, count: int
+    problem: Problem, each: Array, residuals: Array, anyway: Array, count: int
 ) -> tuple[Array, Array]:
     """The rows next to the fit, with some anyway, and which are out."""
     # In how far the fit would have to move: a row far out crosses over sooner.
-    reach = jnp.maximum(lengths(of), jnp.finfo(of.y.dtype).tiny)
+    reach = jnp.maximum(row_lengths(problem), jnp.finfo(problem.y.dtype).tiny)
     distance = jnp.where(each > 0, jnp.abs(residuals) / reach, jnp.inf)
     near = (distance <= smallest(distance, count - len(anyway))) & (each > 0)
-    which = spaced(near.at[anyway].set(True, mode="drop"), len(of.y), count)
+    which = spaced_rows(near.at[anyway].set(True, mode="drop"), len(problem.y), count)
     return which, (each > 0).at[which].set(False, mode="drop")
 
 
