@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -50,7 +51,7 @@ def fit_losses(names: tuple[str, ...], X: Array, y: Array) -> tuple[Array, Array
     def fit(loss: Loss, start: Array, optimizer: Any = _LBFGS, steps: int = 60) -> rl.Fit:
         found = rl.fit(loss, _model, start, Q, y, optimizer=optimizer, steps=steps)
         improved = found.value <= rl.mean(loss, _model(start, Q), y)  # a line search may fail
-        return found._replace(params=jnp.where(improved, found.params, start))
+        return replace(found, params=jnp.where(improved, found.params, start))
 
     def continue_path(b: Array, delta: Array) -> tuple[Array, Array]:
         found = fit(partial(rl.huber, delta=delta), b)

@@ -35,7 +35,12 @@ _BLOCK = 16384  # rows, few enough for a cache
 
 
 class Problem(NamedTuple):
-    """Minimise over b a loss of `y - q b`, `q = (x - center) slopes + constants` of each row x."""
+    """Minimise over b a loss of `y - q b`, `q = (x - center) slopes + constants` of each row x.
+
+    A solver finds its steps in the coordinates b. What it adds them up to are the coefficients of
+    x - center: where columns are nearly dependent, the coefficients are small differences of large
+    terms of b, and would lose digits if they were computed from b at the end.
+    """
 
     X: Array
     """(n, p) as given"""
@@ -79,20 +84,26 @@ class Problem(NamedTuple):
             return None
         return self.row_weights() > 0
 
-    def typical_size(self, b: Array) -> Array:
-        """The size of the terms that a typical prediction is the sum of."""
-        by_slopes = self.column_scale @ (jnp.abs(self.slopes) @ jnp.abs(b))
-        return by_slopes + jnp.abs(self.constants @ b)
+    def coefficients(self, b: Array) -> Array:
+        """(k,) of x - center: the constant first if there is an intercept, then the slopes."""
+        slopes = self.slopes @ b
+        return jnp.concatenate([(self.constants @ b)[None], slopes]) if self.intercept else slopes
+
+    def term_sizes(self, coefficients: Array) -> tuple[Array, Array]:
+        """The size of the constant and of the other terms of a prediction of a typical row."""
+        sizes = jnp.abs(coefficients)
+        constant = sizes[0] if self.intercept else jnp.zeros_like(self.y_unit)
+        return constant, self.column_scale @ sizes[self.intercept :]
 
 
 class Estimate(NamedTuple):
     """Where a solver ended."""
 
-    b: Array
-    """(k,)"""
+    coefficients: Array
+    """(k,) of x - center, as `Problem.coefficients` has them"""
     scale: Array
     residuals: Array
-    """(n,) q b - y, as a loss takes them"""
+    """(n,) prediction - y, as a loss takes them"""
     converged: Array
     steps: Array
 
@@ -270,34 +281,35 @@ def dependent_columns(problem: Problem) -> Array:
     return jnp.sum(jnp.abs(problem.slopes), axis=0) + jnp.abs(problem.constants) == 0
 
 
-def predictions(problem: Problem, b: Array) -> Array:
-    """(n,) `q b` of each row."""
+def predictions(problem: Problem, coefficients: Array) -> Array:
+    """(n,) the prediction of each row by coefficients of x - center."""
     # Without the barrier, XLA makes only one of the two, which is slower.
-    return lax.optimization_barrier(two_predictions(problem, b, b))[0]
+    return lax.optimization_barrier(two_predictions(problem, coefficients, coefficients))[0]
 
 
-def two_predictions(problem: Problem, b: Array, v: Array) -> tuple[Array, Array]:
-    """(n,) `q b` and `q v` of each row, in a third of the time that XLA's CPU takes for one."""
+def two_predictions(problem: Problem, c: Array, d: Array) -> tuple[Array, Array]:
+    """(n,) the predictions by c and by d, in a third of the time that XLA's CPU takes for one."""
     # A product of matrices would first write one of them to memory. The barrier keeps XLA from
-    # writing X - center to memory before a loop over many b.
-    b, v, center = lax.optimization_barrier((b, v, problem.center))
-    centered = problem.X - center
-    sums = joint_sums(centered * (problem.slopes @ b), centered * (problem.slopes @ v), axis=1)
-    both = (x + problem.constants @ u for x, u in zip(sums, (b, v), strict=True))
-    first, second = (x if problem.where is None else jnp.where(problem.where, x, 0) for x in both)
-    return first, second
+    # writing X - center to memory before a loop over many c.
+    c, d, center = lax.optimization_barrier((c, d, problem.center))
+    centered, first = problem.X - center, int(problem.intercept)
+    sums = joint_sums(centered * c[first:], centered * d[first:], axis=1)
+    by_c, by_d = (x + u[0] if problem.intercept else x for x, u in zip(sums, (c, d), strict=True))
+    if problem.where is None:
+        return by_c, by_d
+    return jnp.where(problem.where, by_c, 0), jnp.where(problem.where, by_d, 0)
 
 
 def row_lengths(problem: Problem) -> Array:
     """(n,) the length of each q."""
     k = len(problem.constants)
-    unit_vectors = jnp.eye(k + k % 2, k, dtype=problem.X.dtype)
+    columns = jax.vmap(problem.coefficients)(jnp.eye(k + k % 2, k, dtype=problem.X.dtype))
 
     def add(i: Array, squares: Array) -> Array:
-        u, v = two_predictions(problem, unit_vectors[2 * i], unit_vectors[2 * i + 1])
+        u, v = two_predictions(problem, columns[2 * i], columns[2 * i + 1])
         return squares + u * u + v * v
 
-    return jnp.sqrt(lax.fori_loop(0, len(unit_vectors) // 2, add, jnp.zeros_like(problem.y)))
+    return jnp.sqrt(lax.fori_loop(0, len(columns) // 2, add, jnp.zeros_like(problem.y)))
 
 
 def sum_over_rows(problem: Problem, terms: Callable[..., Any], *vectors: Array) -> Any:
@@ -382,21 +394,24 @@ def coefficient_basis(problem: Problem) -> Array:
     )
 
 
-def coefficients_of(problem: Problem, b: Array) -> Array:
-    """The coefficients in the units of the user, the intercept first if there is one."""
-    slopes = problem.slopes @ b
+def in_user_units(problem: Problem, coefficients: Array) -> Array:
+    """The coefficients of x in the units of y, the intercept first if there is one."""
     if not problem.intercept:
-        return problem.y_unit * slopes
-    first = problem.y_center / problem.y_unit + problem.constants @ b - slopes @ problem.center
-    return problem.y_unit * jnp.concatenate([first[None], slopes])
+        return problem.y_unit * coefficients
+    first = problem.y_center / problem.y_unit + coefficients[0] - coefficients[1:] @ problem.center
+    return problem.y_unit * jnp.concatenate([first[None], coefficients[1:]])
 
 
-def coordinates_of(problem: Problem, given: Array) -> Array:
-    """The b of coefficients in the user's units."""
+def from_user_units(problem: Problem, given: Array) -> Array:
+    """Coefficients of x - center that predict the same as coefficients in the user's units.
+
+    Where columns depend on others, they are the smallest of those that do.
+    """
     basis = problem.slopes * problem.column_scale[:, None]
     given = given / problem.y_unit
     if not problem.intercept:
-        return jnp.linalg.pinv(basis) @ (given * problem.column_scale)
+        return problem.coefficients(jnp.linalg.pinv(basis) @ (given * problem.column_scale))
     basis = jnp.concatenate([problem.constants[None], basis])
     first = given[0] - problem.y_center / problem.y_unit + given[1:] @ problem.center
-    return jnp.linalg.pinv(basis) @ jnp.concatenate([first[None], given[1:] * problem.column_scale])
+    given = jnp.concatenate([first[None], given[1:] * problem.column_scale])
+    return problem.coefficients(jnp.linalg.pinv(basis) @ given)

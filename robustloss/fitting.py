@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -24,6 +25,7 @@ from robustloss._arguments import (
     with_leaves,
 )
 from robustloss.reduce import mean, total
+from robustloss.types import Loss
 
 __all__ = ["Fit", "fit"]
 
@@ -56,7 +58,9 @@ class Optimizer(Protocol):
     def update(self) -> Callable[..., Any]: ...
 
 
-class Fit(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Fit:
     """The result of `fit`, a pytree. Under vmap each field has the batch axis in front."""
 
     params: Params
@@ -74,7 +78,7 @@ class Fit(NamedTuple):
 
 
 def fit(
-    loss: Callable[..., Array],
+    loss: Loss,
     model: Model,
     params: Params,
     inputs: Inputs,

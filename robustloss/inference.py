@@ -1,7 +1,7 @@
-"""How far the coefficients of a robust fit can be trusted.
+"""Covariances of the coefficients of robust fits.
 
-Weights count as observations of which there are `sum(w)**2 / sum(w**2)`, so equal ones are the same
-as none and only their ratios count.
+Weights count as `sum(w)**2 / sum(w**2)` observations. So equal weights are the same as none, and
+only the ratios of weights count.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from robustloss._regression import (
 from robustloss.scale import iqr
 from robustloss.views import curvature, influence
 
-_DEFINITE = 64  # units of rounding for each column, below which a curvature counts as 0
+# A curvature counts as positive above this many units of rounding for each column: the curvature is
+# a sum over all rows, and the factor leaves room for the rounding of the sum.
+_DEFINITE = 64
 
 
 class Covariance(NamedTuple):
@@ -63,11 +65,10 @@ def huber_h1(problem: Problem, loss: LossAtScale, found: Estimate) -> Covariance
     def moments(q: Array, weights: Array, r: Array) -> tuple[Array, ...]:
         psi, bends = (jnp.where(weights > 0, f(loss_at_s, r), 0) for f in (influence, curvature))
         psi = psi / largest
-        # Only few rows can leave the fit undetermined; many are spared the second gram.
-        curvatures = (
-            jnp.eye(q.shape[1], dtype=q.dtype) if problem.design is None else gram(q, weights * bends)
-        )
-        # The first is the same gram as in least squares, where XLA sees both at once.
+        # Many rows determine the fit, and do not need the second gram.
+        few_rows = problem.design is not None
+        curvatures = gram(q, weights * bends) if few_rows else jnp.eye(q.shape[1], dtype=q.dtype)
+        # In least squares the first gram is the same expression, which XLA then computes once.
         weighted = joint_sums(*(weights * x for x in (psi * psi, bends, bends * bends)))
         return gram(q, weights), curvatures, *weighted
 
@@ -88,16 +89,16 @@ def after_s(
     problem: Problem,
     loss: LossAtScale,
     chi: Callable[[Array], Array],
-    half: ArrayLike,
+    breakdown: ArrayLike,
     found: Estimate,
     start: Estimate,
 ) -> Covariance:
-    """The sandwich of an MM-estimate, which minds that its scale was estimated too.
+    """The sandwich of an MM-estimate, with the variance that comes from the estimated scale.
 
-    `chi` is the loss of the S-estimate `start`, of residuals in units of its scale, and `half` its
-    breakdown point. Neither symmetric errors nor errors of one spread are assumed. As
-    `robustbase::lmrob` with `cov = ".vcov.avar1"`; where that is not positive definite, the
-    sandwich with the scale taken as known.
+    `chi` is the loss of the S-estimate `start`, of residuals in units of its scale, and `breakdown`
+    is its breakdown point. The errors need be neither symmetric nor of one scale. The covariance is
+    that of `robustbase::lmrob` with `cov = ".vcov.avar1"`. Where it is not positive definite, it is
+    the sandwich with the scale taken as known.
 
     Source: Croux, Dhaene and Hoorelbeke (2003), Robust standard errors for robust estimators.
     """
@@ -109,22 +110,22 @@ def after_s(
     def moments(q: Array, weights: Array, r: Array, initial: Array) -> tuple[Array, ...]:
         weights = unit * weights
 
-        def of_rows(f: Array) -> Array:
-            return jnp.where(weights > 0, weights * f, 0)
+        def weighted(x: Array) -> Array:
+            return jnp.where(weights > 0, weights * x, 0)
 
         psi, bends, initial = influence(loss_at_s, r) / s, curvature(loss_at_s, r), initial / s
         level = chi(initial) / bound
         pull = influence(chi, initial) * initial / bound
         return (
-            gram(q, of_rows(bends)),
-            gram(q, of_rows(psi * psi)),
-            q.T @ of_rows(bends * (r / s)),
-            q.T @ of_rows(psi * level),
-            jnp.sum(of_rows(pull)),
-            jnp.sum(of_rows(level**2 - half**2)),
+            gram(q, weighted(bends)),
+            gram(q, weighted(psi * psi)),
+            q.T @ weighted(bends * (r / s)),
+            q.T @ weighted(psi * level),
+            jnp.sum(weighted(pull)),
+            jnp.sum(weighted(level**2 - breakdown**2)),
         )
 
-    curvatures, squares, shift, together, pull, spread = sum_over_rows(
+    curvatures, squares, shift, together, pull, variance = sum_over_rows(
         problem, moments, found.residuals, start.residuals
     )
     inverse = _inverse(curvatures)
@@ -134,7 +135,7 @@ def after_s(
         known_scale
         - jnp.outer(by_scale, both) / n
         - jnp.outer(both, by_scale) / n
-        + spread * jnp.outer(by_scale, by_scale) / n**2
+        + variance * jnp.outer(by_scale, by_scale) / n**2
     )
     # In small samples the corrections for the scale can outweigh the rest.
     kept = jnp.diagonal(covariance) != 0
@@ -145,10 +146,11 @@ def after_s(
 
 
 def powell(problem: Problem, level: Array, residuals: Array) -> Covariance:
-    """Powell's kernel sandwich of a quantile regression, `q (1 - q) D**-1 (X'X) D**-1`.
+    """Powell's kernel sandwich of a quantile regression, `level (1 - level) D**-1 (X'X) D**-1`.
 
-    D weighs each row by the density of its residual at 0, taken from those about it: a normal
-    kernel, Hall and Sheather's bandwidth. As `quantreg::summary.rq`, `se = "ker"`.
+    D is X'X with each row weighted by the density of its error at 0. The density is estimated with
+    a normal kernel and the bandwidth of Hall and Sheather, as by `quantreg::summary.rq` with
+    `se = "ker"`.
 
     Source: Powell (1991); Koenker (2005), Quantile Regression, section 3.4.2.
     """
@@ -156,16 +158,17 @@ def powell(problem: Problem, level: Array, residuals: Array) -> Covariance:
     x = ndtri(level)
     z = normal.TWO_SIDED_95
     h = n ** (-1 / 3) * z ** (2 / 3) * (1.5 * _normal_density(x) ** 2 / (2 * x * x + 1)) ** (1 / 3)
-    room = jnp.minimum(level, 1 - level)
-    halvings = jnp.maximum(jnp.floor(jnp.log2(h / room)) + 1, 0)
+    # As in quantreg, h is halved until both level - h and level + h are in (0, 1).
+    largest = jnp.minimum(level, 1 - level)
+    halvings = jnp.maximum(jnp.floor(jnp.log2(h / largest)) + 1, 0)
     h = h * 0.5**halvings
     weights = unit * problem.row_weights()
     mean = jnp.sum(weights * residuals) / n
     deviation = jnp.sqrt(jnp.sum(weights * (residuals - mean) ** 2) / (n - 1))
     quartiles = iqr(residuals, where=problem.where, weights=problem.weights) / normal.IQR
-    spread = jnp.minimum(deviation, quartiles / 1.34)
+    residual_scale = jnp.minimum(deviation, quartiles / 1.34)  # 1.34 is quantreg's rounded factor
     below, above = ndtri(level + h * jnp.asarray([-1, 1], h.dtype))
-    width = (above - below) * spread
+    width = (above - below) * residual_scale
     wide = jnp.where(width > 0, width, 1)
 
     def moments(q: Array, weights: Array, r: Array) -> tuple[Array, Array]:
@@ -183,7 +186,7 @@ def _normal_density(x: Array) -> Array:
 
 
 def counts(problem: Problem) -> tuple[Array, Array]:
-    """What makes the weights add up to the number of observations; and this number."""
+    """The factor at which the weights add up to the number of observations, and this number."""
     weights = problem.row_weights()
     total = jnp.sum(weights)
     n = total**2 / jnp.sum(weights * weights)
@@ -191,7 +194,7 @@ def counts(problem: Problem) -> tuple[Array, Array]:
 
 
 def _definite(problem: Problem, curvatures: Array) -> Array:
-    """Whether a sum of psi' q q' is positive definite beyond rounding, but for columns of 0."""
+    """Whether a sum of psi' q q' is positive definite beyond rounding, columns of 0 apart."""
     diagonal = jnp.diagonal(curvatures)
     empty = dependent_columns(problem)
     unit = jnp.where(diagonal > 0, lax.rsqrt(jnp.where(diagonal > 0, diagonal, 1)), 1)
@@ -202,7 +205,7 @@ def _definite(problem: Problem, curvatures: Array) -> Array:
 
 
 def _inverse(a: Array, *, definite: bool = False) -> Array:
-    # A column of 0 stays one.
+    """The inverse of a symmetric matrix, whose rows and columns of 0 stay 0."""
     kept = jnp.diagonal(a) != 0
     full = a + jnp.diag(jnp.where(kept, 0, 1).astype(a.dtype))
     unit = jnp.sqrt(jnp.abs(jnp.diagonal(full)))
@@ -214,7 +217,10 @@ def _inverse(a: Array, *, definite: bool = False) -> Array:
 
 
 def _in_units(problem: Problem, covariance: Array, size: Array) -> Covariance:
-    """The covariance of the coefficients, for `size**2 covariance` of b; NaN where not told."""
+    """The covariance of the coefficients, if that of b is `size**2 covariance`.
+
+    NaN where the data do not identify a coefficient.
+    """
     basis = coefficient_basis(problem)
     longest = jnp.max(jnp.abs(basis), axis=1)
     longest = jnp.where(longest > 0, longest, 1)

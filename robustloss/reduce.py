@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -25,10 +24,9 @@ from robustloss._arguments import (
     residual,
 )
 from robustloss.losses.convex import absolute_error, squared_error
+from robustloss.types import Loss
 
 __all__ = ["mae", "mean", "mse", "total"]
-
-Loss = Callable[..., Array]
 
 
 def mean(

@@ -10,9 +10,9 @@ Only the ratios of weights count.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ from robustloss._numerics.order_statistics import (
 from robustloss._numerics.reduction import Axis, over_axis
 from robustloss.losses.convex import absolute_error
 from robustloss.losses.redescending import tukey
+from robustloss.types import Loss
 
 __all__ = [
     "LocationScale",
@@ -48,7 +49,6 @@ __all__ = [
     "tau",
 ]
 
-Loss = Callable[..., Array]
 
 # The constants of consistency at the normal, whose distribution function is Phi.
 _QN = 2.2191444659850758  # 1 / (sqrt 2 Phi^-1(5/8))
@@ -168,7 +168,9 @@ def _iqr(x: Array, w: Array | None) -> Array:
     return normal.IQR * _zero_slope_at_0(_difference(high, low))
 
 
-class LocationScale(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LocationScale:
     """The result of `location_scale`."""
 
     location: Array

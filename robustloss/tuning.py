@@ -23,24 +23,22 @@ intervals at kinks and jumps.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import jax
-import jax.experimental
 import numpy as np
 from jax import Array
 
-from robustloss._arguments import check_loss, real_array, with_leaves
+from robustloss._arguments import real_array, with_leaves
+from robustloss._description import describe, enable_x64
 from robustloss._numerics.quadrature import integrals
+from robustloss.types import Loss
 from robustloss.views import influence
 
 __all__ = ["breakdown", "efficiency", "gross_error_sensitivity", "tune"]
 
-Loss = Callable[..., Array]
 View = Callable[[Loss, Array], Array]
 Curves = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """`curves(r, i)`: the i-th of n functions of the residual, at r; r and i have the same shape."""
@@ -193,7 +191,7 @@ def tune(loss: Loss, *, efficiency: float | None = None, breakdown: float | None
     given = {name: x for name, x in requests.items() if x is not None}
     if len(given) != 1:
         raise ValueError(f"tune takes one of efficiency and breakdown, got {given or 'neither'}")
-    _check_delta(loss)
+    label = _with_free_delta(loss)
     ((quantity, x),) = given.items()
     real_array(quantity, x)
     target = float(x)
@@ -203,13 +201,13 @@ def tune(loss: Loss, *, efficiency: float | None = None, breakdown: float | None
         raise ValueError(f"breakdown must be in (0, 1/2], got {x}")
     with _in_float64(loss, delta=1.0):
         if quantity == "efficiency":
-            return _solve(partial(_efficiencies, loss), target, f"{_name(loss)}: {quantity}")
+            return _solve(partial(_efficiencies, loss), target, f"{label}: {quantity}")
         if np.isinf(_bounds(_curves(_value, loss, np.ones(1)), 1)[0]):
             raise ValueError(
-                f"{_name(loss)} has no bound, so the breakdown point of its S-estimate is 0 for "
+                f"{label} has no bound, so the breakdown point of its S-estimate is 0 for "
                 f"every delta, got breakdown={x}; use a bounded loss, such as rl.tukey"
             )
-        return _solve(partial(_rho_ratios, loss), target, f"{_name(loss)}: {quantity}")
+        return _solve(partial(_rho_ratios, loss), target, f"{label}: {quantity}")
 
 
 # Expectations at the normal, for all deltas at once, (deltas,). If deltas is None, the loss has a
@@ -387,9 +385,9 @@ def _compiled(view: View, loss: Loss, r: Array, **parameters: Array) -> Array:
 @contextmanager
 def _in_float64(loss: Loss, **parameters: float) -> Iterator[None]:
     """A context in which float64 is on and numbers are computed at once, even under `jit`."""
-    check_loss(loss)
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(_fixed(loss))):
-        raise TypeError(f"tuning needs numbers, got the traced {_name(loss)}")
+    described = describe(loss)
+    if described.is_traced:
+        raise TypeError(f"tuning needs numbers, got the traced {described.label}")
     with jax.ensure_compile_time_eval(), enable_x64(), np.errstate(all="ignore"):
         shape = jax.eval_shape(partial(loss, **parameters), np.zeros(2)).shape
         if shape != (2,):
@@ -397,32 +395,11 @@ def _in_float64(loss: Loss, **parameters: float) -> Iterator[None]:
         yield
 
 
-def enable_x64() -> Any:
-    """A context in which JAX computes in float64."""
-    module: Any = jax if hasattr(jax, "enable_x64") else jax.experimental  # as in jax 0.7
-    return module.enable_x64(True)
-
-
-def _fixed(loss: Loss) -> dict[str, Any]:
-    """The keywords that a partial, or a partial of a partial, fixes."""
-    return dict(loss.keywords) if isinstance(loss, partial) else {}
-
-
-def _name(loss: Loss) -> str:
-    """The loss's name with its fixed keywords, for messages."""
-    function = loss.func if isinstance(loss, partial) else loss
-    name = getattr(function, "__name__", type(function).__name__)
-    fixed = ", ".join(f"{k}={v}" for k, v in _fixed(loss).items())
-    return f"{name}({fixed})" if fixed else name
-
-
-def _check_delta(loss: Loss) -> None:
-    check_loss(loss)
-    if "delta" in _fixed(loss):
-        raise TypeError(f"tune finds delta, but it is fixed already in {_name(loss)}")
-    try:
-        delta = inspect.signature(loss).parameters.get("delta")
-    except ValueError:  # some built-in functions have no signature
-        delta = None
-    if delta is None or delta.kind not in (delta.KEYWORD_ONLY, delta.POSITIONAL_OR_KEYWORD):
-        raise TypeError(f"tune needs a loss with a parameter delta, got {_name(loss)}")
+def _with_free_delta(loss: Loss) -> str:
+    """The label of a loss whose delta can be tuned."""
+    described = describe(loss)
+    if "delta" in described.fixed:
+        raise TypeError(f"tune finds delta, but it is fixed already in {described.label}")
+    if not described.has_delta:
+        raise TypeError(f"tune needs a loss with a parameter delta, got {described.label}")
+    return described.label

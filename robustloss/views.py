@@ -19,10 +19,9 @@ from robustloss.losses._double import frexp, ldexp
 from robustloss.losses.adaptive import gaussian_nll, general
 from robustloss.losses.asymmetric import expectile
 from robustloss.losses.convex import squared_error
+from robustloss.types import Loss
 
 __all__ = ["curvature", "influence", "weight"]
-
-Loss = Callable[..., Array]
 
 
 def influence(loss: Loss, predictions: ArrayLike, targets: ArrayLike | None = None) -> Array:

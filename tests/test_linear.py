@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -349,11 +350,13 @@ def test_columns_that_nearly_depend_on_others(x64):
 
 
 def test_singular_values_are_for_columns_that_depend_on_others():
-    """Cholesky's factor does for all others: XLA must not take the svd out of its loop."""
+    """Cholesky's factor serves for all others: XLA must leave the decomposition in its branch."""
+    decomposition = jax.jit(jnp.linalg.svd).lower(np.ones((20, 3))).compile().as_text()
+    (name,) = set(re.findall(r'custom_call_target="([^"]+)"', decomposition))  # of this platform
     program = jax.jit(jax.vmap(rl.fit_linear)).lower(np.ones((9, 20, 3)), np.ones((9, 20)))
     program = program.compile().as_text()
-    assert "gesdd" in program
-    assert "gesdd" not in program[program.index("\nENTRY ") :]
+    assert name in program
+    assert name not in program[program.index("\nENTRY ") :]
 
 
 @each
@@ -413,7 +416,7 @@ def test_many_rows(x64, n):
     A, r = np.c_[np.ones(n), X][keep], -np.asarray(found.residuals)[keep]
     assert found.converged
     assert found.steps <= 4  # or it does not follow the scale
-    np.testing.assert_allclose(found.scale, 1.482602218505602 * np.median(np.abs(r)), rtol=1e-12)
+    np.testing.assert_allclose(found.scale, 1.4826022185056018 * np.median(np.abs(r)), rtol=1e-12)
     k = rl.tune(rl.huber, efficiency=0.95) * found.scale
     inside = A[np.abs(r) <= k]
     off = np.linalg.solve(inside.T @ inside, A.T @ np.clip(r, -k, k))
@@ -531,7 +534,7 @@ def test_a_thousand_at_once(x64):
     y = X @ [1.0, 2.0] + random.standard_t(2, (1000, 30))
     for loss in KINDS.values():
         found = jax.vmap(partial(rl.fit_linear, loss=loss))(X, y)
-        assert np.mean(found.converged) > 0.99
+        assert np.all(found.converged)
         if loss is rl.huber:  # steps that took the scale as fixed needed up to a hundred
             assert np.max(found.steps) <= 15
         for i in (0, 500, 999):
@@ -664,6 +667,21 @@ def test_several_targets_and_no_intercept(x64):
         np.testing.assert_allclose(found.flagged()[:, i], one.flagged())
 
 
+def test_dropped_rows_are_not_there(x64):
+    """Of few rows "mm" takes all subsets: as many as there are of the rows that are kept."""
+    random = np.random.default_rng(1)
+    X = random.normal(size=(7, 2))
+    y = X.sum(1) + random.normal(size=7)
+    alone = rl.fit_linear(X, y, rl.tukey)
+    assert alone.converged
+    for dropped in (1, 2, 6, 13, 60):
+        padded = np.r_[X, np.full((dropped, 2), np.nan)], np.r_[y, np.full(dropped, np.nan)]
+        found = rl.fit_linear(*padded, rl.tukey, where=np.arange(7 + dropped) < 7)
+        assert found.converged
+        np.testing.assert_allclose(found.coefficients, alone.coefficients, rtol=1e-9)
+        np.testing.assert_allclose(found.scale, alone.scale, rtol=1e-9)
+
+
 def test_the_equations_of_small_integer_data_hold(x64):
     """Sets of five rows whose matrix of curvatures is nearly singular: one used to end at 2.04."""
     X = np.array([[-6, 0], [-7, 2], [-1, 3], [7, 4], [-8, -6]], float)
@@ -673,7 +691,8 @@ def test_the_equations_of_small_integer_data_hold(x64):
     X = np.concatenate([X[None], random.integers(-9, 10, (999, 5, 2))])
     y = np.concatenate([[[0, -7, 8, 5, -5.0]], random.integers(-9, 10, (999, 5))])
     found = jax.tree.map(np.asarray, jax.vmap(rl.fit_linear)(X, y))
-    assert np.mean(found.converged) > 0.99
+    assert np.all(found.converged | (found.scale == 0))  # one set, with a row that stands twice
+    assert np.sum(~found.converged) <= 1
     at = found.converged & found.unique & (found.scale > 1e-9)
     A = np.concatenate([np.ones((1000, 5, 1)), X - X.mean(1, keepdims=True)], 2)[at]
     e, scale = found.residuals[at], found.scale[at]
@@ -885,14 +904,11 @@ def test_the_same_key_gives_the_same_fit_and_no_other_compiles_again(x64):
     X, y = sample()
     first, again = (rl.fit_linear(X, y, rl.tukey, key=jax.random.key(3)) for _ in range(2))
     np.testing.assert_array_equal(first.coefficients, again.coefficients)
-    with jax.log_compiles(False), jax.check_tracer_leaks(False):
-        size = rl.linear._fit_linear._cache_size()
-        rl.fit_linear(X, y, tuning=1.0)
-        once = rl.linear._fit_linear._cache_size()
-        rl.fit_linear(X, y + 1, tuning=2.0)
-        rl.fit_linear(X, y, tuning=jnp.asarray(3.0))
-        assert rl.linear._fit_linear._cache_size() in (once, once + 1)
-        assert once <= size + 1
+    rl.fit_linear(X, y, tuning=1.0)
+    compiled = rl.linear.fit._fit_linear._cache_size()
+    rl.fit_linear(X, y + 1, tuning=2.0)
+    rl.fit_linear(X, y, tuning=jnp.asarray(3.0))
+    assert rl.linear.fit._fit_linear._cache_size() == compiled
 
 
 @pytest.mark.parametrize(

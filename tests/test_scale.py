@@ -18,10 +18,15 @@ from scipy import special, stats
 
 import robustloss as rl
 from robustloss import scale
+from robustloss._numerics import normal
 from robustloss._numerics.order_statistics import near_median
 from robustloss.scale import iqr, location_scale, m_scale, mad, proposal2, qn, sn, tau
 
 NAN, INF = float("nan"), float("inf")
+with mp.workdps(30):
+    _UPPER_QUARTILE = mp.sqrt(2) * mp.erfinv(mp.mpf(1) / 2)  # of the standard normal
+    _TWO_SIDED_95 = mp.sqrt(2) * mp.erfinv(mp.mpf("0.95"))
+    MAD, IQR = float(1 / _UPPER_QUARTILE), float(1 / (2 * _UPPER_QUARTILE))
 ALL = {name: getattr(scale, name) for name in scale.__all__ if "ocation" not in name}
 WEIGHTED = {n: f for n, f in ALL.items() if "weights" in inspect.signature(f).parameters}
 CENTERED = {n: f for n, f in ALL.items() if "center" in inspect.signature(f).parameters}
@@ -96,7 +101,8 @@ def test_the_chem_data(x64):
             assert abs(ALL[name](CHEM) - value) < 5.1e-6, name
         # As printed, and without a finite-sample correction: 0.33 * 2.219144 = 0.7323175.
         assert abs(qn(CHEM) - 0.73231) < 1e-5
-        location, spread = location_scale(CHEM)
+        found = location_scale(CHEM)
+        location, spread = found.location, found.scale
         assert abs(location - 3.205498) < 1e-6
         assert abs(spread - 0.673652) < 1e-6
 
@@ -198,9 +204,9 @@ def test_masked_qn_sn_mad_iqr(bad):
         assert got[qn][i] == np.float32(scale._QN) * plain_qn(x)
         assert got[sn][i] == np.float32(scale._SN) * plain_sn(x)
         median = np.median(x)
-        assert got[mad][i] == np.float32(normal.MAD) * np.median(np.abs(x - median))
+        assert got[mad][i] == np.float32(MAD) * np.median(np.abs(x - median))
         quartiles = np.quantile(x.astype(float), [0.25, 0.75])
-        want = normal.IQR * np.diff(quartiles)[0]
+        want = IQR * np.diff(quartiles)[0]
         assert abs(got[iqr][i] - want) <= 2e-7 * np.abs(quartiles).max()
 
 
@@ -272,14 +278,14 @@ def test_selection_is_exact(dtype):
         want = half[:, (n - 1) // 2] + half[:, n // 2]
         with jax.enable_x64(dtype == np.float64), np.errstate(over="ignore"):
             got = mad(rows, center=0.0, axis=1)
-            np.testing.assert_array_equal(got, dtype(normal.MAD) * want)
+            np.testing.assert_array_equal(got, dtype(MAD) * want)
 
 
 def test_selection_among_many():
     x = np.random.default_rng(2).standard_t(1, size=(2, 100_000)).astype(np.float32)
     for rows in (x, x[:, :-1]):
         deviations = np.abs(rows - np.median(rows, 1, keepdims=True))
-        want = np.float32(normal.MAD) * np.median(deviations, 1)
+        want = np.float32(MAD) * np.median(deviations, 1)
         np.testing.assert_array_equal(mad(rows, axis=1), want)
 
 
@@ -312,7 +318,7 @@ def test_the_mad_is_found_wherever_it_is_thought_to_be(x64, n):
         each = each.astype(int)
         ordered = [np.sort(np.repeat(abs(x), k)) for x, k in zip(rows, each, strict=True)]
         middles = [0.5 * x[(len(x) - 1) // 2] + 0.5 * x[len(x) // 2] for x in ordered]
-        want = normal.MAD * np.array(middles)
+        want = MAD * np.array(middles)
         of_rows = jax.jit(
             jax.vmap(lambda r, s, far, known: scale._mad_from_guess(r, guess=(s, far), **known))
         )
@@ -326,7 +332,7 @@ def test_iqr_is_that_of_numpy(x64):
     for n in (3, 24):
         rows = samples(60, n, n)
         low, high = np.quantile(rows, [0.25, 0.75], axis=1)
-        np.testing.assert_allclose(iqr(rows, axis=1), normal.IQR * (high - low), 1e-14, 3e-14)
+        np.testing.assert_allclose(iqr(rows, axis=1), IQR * (high - low), 1e-14, 3e-14)
 
 
 def residual_of_proposal2(x, k, m, s, center=None, w=1.0):
@@ -347,7 +353,8 @@ def test_proposal2_solves_its_equations(x64, k):
     rows[48:, :6] = 1e30
     w = np.random.default_rng(1).uniform(0, 2, rows.shape)
     for weights in (None, w):
-        m, s = map(np.asarray, location_scale(rows, k=k, weights=weights, axis=1))
+        found = location_scale(rows, k=k, weights=weights, axis=1)
+        m, s = np.asarray(found.location), np.asarray(found.scale)
         known = np.asarray(proposal2(rows, k=k, center=0.3, weights=weights, axis=1))
         misses, limits = [], []
         for i, x in enumerate(rows):
@@ -383,6 +390,13 @@ def test_proposal2_of_ties_is_the_limit_of_hubers_scheme(x64):
         assert (got.scale == 0) == (s < 1e-9) == (ties >= 17)
         assert abs(got.scale - s) < 2e-14
         assert abs(got.location - m) < 2e-14
+
+
+def test_the_constants_of_the_normal_are_rounded_once():
+    assert float(_UPPER_QUARTILE) == normal.UPPER_QUARTILE
+    assert normal.MAD == MAD
+    assert normal.IQR == IQR
+    assert float(_TWO_SIDED_95) == normal.TWO_SIDED_95
 
 
 def soft(r):
@@ -509,12 +523,12 @@ def test_under_strict_settings(name):
 def test_weighted_quartiles_by_hand(x64):
     # Weight 1 of 4 is one observation's: the quartiles are at weight 0.75 to 1.75, 2.25 to 3.25.
     assert iqr([1.0, 3.0, 7.0, 8.0], weights=[2.0, 2.0, 2.0, 2.0]) == pytest.approx(
-        normal.IQR * ((7 * 0.75 + 8 * 0.25) - (1 * 0.25 + 3 * 0.75)), rel=1e-15
+        IQR * ((7 * 0.75 + 8 * 0.25) - (1 * 0.25 + 3 * 0.75)), rel=1e-15
     )
     # sum 4, unit (1 + 1 + 4) / 4 = 1.5: from 0.625 to 2.125 and from 1.875 to 3.375.
     upper, lower = (7 * 0.125 + 8 * 1.375) / 1.5, (1 * 0.375 + 7 * 1.0 + 8 * 0.125) / 1.5
     got = iqr([8.0, 1.0, 7.0], weights=[2.0, 1.0, 1.0])
-    assert got == pytest.approx(normal.IQR * (upper - lower), rel=1e-15)
+    assert got == pytest.approx(IQR * (upper - lower), rel=1e-15)
 
 
 @each

@@ -26,33 +26,31 @@ from robustloss._regression import (
     Estimate,
     LossAtScale,
     Problem,
-    coefficients_of,
-    coordinates_of,
+    from_user_units,
+    in_user_units,
     standardise,
 )
 from robustloss.linear.high_breakdown import s_estimate
 from robustloss.linear.irls import EstimateScale, least_squares, m_estimate, met_exactly, subsample
-from robustloss.linear.quantile.vertex import quantile_fit
+from robustloss.linear.quantile import quantile_fit
 from robustloss.linear.result import LinearFit
 from robustloss.linear.settings import (
     checked_key,
     checked_loss,
     checked_method,
-    is_convex,
     level,
     one_number,
     residual_scale,
     s_loss,
     scale_of,
-    takes,
     tuned,
 )
 from robustloss.losses.convex import huber
+from robustloss.types import Loss
 from robustloss.views import weight
 
 __all__ = ["LinearFit", "fit_linear"]
 
-Loss = Callable[..., Array]
 Scale = Callable[..., Array]
 
 # Power of eps, in sizes of y. At a smaller scale the rounding of the residuals is more than a
@@ -140,34 +138,35 @@ the rows cannot carry off, then the M-estimate next to it, at its scale |
     Array([3], dtype=int32)
     """
     X, y = _data(X, y)
-    checked_loss(loss)
+    described = checked_loss(loss)
     n, k = X.shape[0], X.shape[1] + bool(intercept)
     if not 0 < k <= n:
         raise ValueError(f"{k} coefficients need at least one and as many rows, got {n}")
     kept = None if where is None else mask(where, (n,))
     relative_weights = None if weights is None else _relative(weights, n, where).astype(y.dtype)
-    method = checked_method(loss, method)
+    method = checked_method(described, method)
     b = None if start is None else real_array("start", start).astype(y.dtype)
     if b is not None and (b.shape != (k,) or method != "irls"):
         raise ValueError(
             f'start is for method="irls" and must have the shape ({k},), '
             f"got method={method!r} and the shape {b.shape}"
         )
-    has_delta = takes(loss, "delta")
+    has_delta = described.has_delta
     if tuning is not None and not has_delta:
         raise ValueError("tuning sets delta, but this loss has no free delta")
     if tuning is None:
-        tuning = tuned(loss) if has_delta else 1.0
+        tuning = tuned(described) if has_delta else 1.0
     if method == "mm" and scale is not None:
         raise ValueError(f'method="mm" estimates its own scale, got scale={scale!r}')
     estimated, number = residual_scale("mad" if scale is None else scale, weights is not None)
     return _fit_linear(
-        method, has_delta, bool(intercept), method == "irls" and is_convex(loss), with_leaves(loss),
-        s_loss(loss) if method == "mm" else None,
+        method, has_delta, bool(intercept), method == "irls" and described.is_convex,
+        with_leaves(loss),
+        s_loss(described) if method == "mm" else None,
         estimated,
         X, y, one_number("tuning", positive("tuning", tuning)).astype(y.dtype),
         one_number("scale", positive("scale", number)).astype(y.dtype),
-        (level(loss) if method == "interior_point" else jnp.asarray(0.5)).astype(y.dtype),
+        (level(described) if method == "interior_point" else jnp.asarray(0.5)).astype(y.dtype),
         b, kept, relative_weights, checked_key(key),
     )  # fmt: skip
 
@@ -196,15 +195,17 @@ def _fit_linear(
         if method == "interior_point":
             vertex = quantile_fit(problem, level)
             s = estimate_scale(problem, vertex.residuals, problem.y_size, problem.y_size)
-            found = Estimate(vertex.b, s, vertex.residuals, vertex.converged, vertex.steps)
+            found = Estimate(
+                vertex.coefficients, s, vertex.residuals, vertex.converged, vertex.steps
+            )
             covariance, unique = inference.powell(problem, level, vertex.residuals), vertex.unique
         elif chi is not None:
             found, covariance = _mm(problem, loss_at_scale, chi, floor, key)
             unique = jnp.asarray(covariance.definite)
         else:
-            b = None if start is None else coordinates_of(problem, start)
+            begin = None if start is None else from_user_units(problem, start)
             joint = has_delta and scale_function is not None
-            found = _m(problem, loss_at_scale, estimate_scale, b, convex, joint)
+            found = _m(problem, loss_at_scale, estimate_scale, begin, convex, joint)
             covariance = inference.huber_h1(problem, loss_at_scale, found)
             unique = jnp.asarray(covariance.definite)
         # A scale that is given is never one that was found to be 0.
@@ -237,9 +238,11 @@ def _m(
     # A convex loss has one minimum, so a start from a subsample leads to the same solution.
     sample = subsample(problem) if convex else None
     if sample is None:
-        return estimate(problem, loss, estimate_scale, least_squares(problem, clipped=convex))
-    near = estimate(sample, loss, estimate_scale, least_squares(sample, clipped=True))
-    return estimate(problem, loss, estimate_scale, near.b, near.scale)
+        b = least_squares(problem, clipped=convex)
+        return estimate(problem, loss, estimate_scale, problem.coefficients(b))
+    b = least_squares(sample, clipped=True)
+    near = estimate(sample, loss, estimate_scale, problem.coefficients(b))
+    return estimate(problem, loss, estimate_scale, near.coefficients, near.scale)
 
 
 def _mm(
@@ -250,7 +253,7 @@ def _mm(
     share = jnp.maximum(0.5 * (1 - problem.rank / n), 0.5 / n)
     initial = s_estimate(problem, chi, share, floor, key)
     s = initial.scale
-    found = m_estimate(problem, loss, lambda problem, r, s, distance: s, initial.b, s)
+    found = m_estimate(problem, loss, lambda problem, r, s, distance: s, initial.coefficients, s)
     # Where the scale is 0, the S-estimate meets its rows exactly and is the result.
     exact = s <= floor
     found = jax.tree.map(lambda x, y: jnp.where(exact, y, x), found, initial)
@@ -276,7 +279,7 @@ def _result(
     sound = jnp.all(jnp.isfinite(found.residuals) | ~kept) & jnp.isfinite(found.scale)
     sound &= jnp.any(row_weights > 0)
     sound &= jnp.all(jnp.isfinite(row_weights) & (row_weights >= 0))
-    sound &= jnp.all(jnp.isfinite(found.b))
+    sound &= jnp.all(jnp.isfinite(found.coefficients))
     nan = jnp.where(sound, 0, jnp.nan).astype(problem.y.dtype)
 
     # A residual that rounding left of 0 must not be flagged as an outlier of a scale of 0.
@@ -293,7 +296,7 @@ def _result(
     )
     identifiable = problem.identifiable
     matrix = jnp.where(identifiable[:, None] & identifiable, matrix, jnp.nan)
-    raw = coefficients_of(problem, found.b) + nan
+    raw = in_user_units(problem, found.coefficients) + nan
     return LinearFit(
         raw[1:] if problem.intercept else raw,
         raw[0] if problem.intercept else jnp.zeros_like(raw, shape=()),

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -31,10 +30,10 @@ from robustloss._regression import (
     sum_over_rows,
 )
 from robustloss.linear.irls import m_estimate
+from robustloss.types import Loss
 from robustloss.views import weight
 
-Loss = Callable[..., Array]
-Starts = tuple[Array, Array]  # coefficients and scales, a row for each
+Starts = tuple[Array, Array]  # coefficients, a row for each start, and scales
 
 _SUBSETS = 1000
 _GROUPS = 5
@@ -98,16 +97,18 @@ def s_estimate(problem: Problem, loss: Loss, share: Array, floor: Array, key: Ar
     sample, groups, starts = _starts(problem, loss, share, floor, key)
     ends = jax.vmap(partial(minimum, sample, 100 if groups == 1 else 8))(starts)
     if groups > 1:
-        ends = lax.map(partial(minimum, problem, 100), _distinct(ends.b, ends.scale))
+        ends = lax.map(partial(minimum, problem, 100), _distinct(problem, ends))
         # The scale of an estimate that has not converged may be too low.
         eligible = ends.converged | ~jnp.any(ends.converged)
     else:
         # Few rows: where the steps did not suffice, the scale is solved for.
         ends = jax.vmap(partial(with_own_scale, sample))(ends)
         eligible = jnp.isfinite(ends.scale)
-    lowest = jnp.argmin(jnp.where(eligible & ~jnp.isnan(ends.scale), ends.scale, jnp.inf))
+    # A start that is not finite has no residuals, and so no scale.
+    finite = jnp.all(jnp.isfinite(ends.coefficients), axis=1) & ~jnp.isnan(ends.scale)
+    lowest = jnp.argmin(jnp.where(eligible & finite, ends.scale, jnp.inf))
     found = jax.tree.map(lambda x: x[lowest], ends)
-    r = predictions(problem, found.b) - problem.y  # of all rows, and not of a sample
+    r = predictions(problem, found.coefficients) - problem.y  # of all rows, and not of a sample
     _, slope, exact = equation(problem, r, found.scale)
     determined = exact | (slope > jnp.finfo(r.dtype).eps ** 0.5 * target)
     return found._replace(residuals=r, converged=found.converged & determined)
@@ -128,12 +129,10 @@ def _starts(
         eligible &= lots <= smallest(lots, count)
     # Rows with a weight come first.
     sample = subset(problem, first_rows(eligible, count))
-    if math.comb(n, k) <= _SUBSETS:
-        subsets = jnp.asarray([list(itertools.combinations(range(n), k))], jnp.int32)
-    else:
-        # One row of random numbers is less to compile than a table.
-        uniform = jax.random.uniform(subset_key, (_SUBSETS * k,), jnp.float32)
-        subsets = uniform.reshape(groups, _SUBSETS // groups, k)
+    # One row of random numbers is less to compile than a table.
+    uniform = jax.random.uniform(subset_key, (_SUBSETS * k,), jnp.float32)
+    uniform = uniform.reshape(groups, _SUBSETS // groups, k)
+    dropping = problem.weighted_rows() is not None
     # Of many rows, float32 is enough to see which subsets are best, with y in units of its size.
     unit = jnp.where(problem.y_size > 0, problem.y_size, 1)
     dtype = problem.y.dtype if count * k <= _FEW_NUMBERS else jnp.dtype(jnp.float32)
@@ -144,18 +143,26 @@ def _starts(
     )
     dealt = (jnp.swapaxes(x.reshape(-1, groups, *x.shape[1:]), 0, 1) for x in (q, y, weights))
     finalists = _FINALISTS if groups == 1 else _GROUP_FINALISTS
-    best = jax.vmap(lambda *group: _screened(narrow_loss, share, finalists, *group))
-    b, s = jax.tree.map(jnp.concatenate, best(*dealt, subsets))
-    starts = b.astype(unit.dtype) * unit, jnp.maximum(s.astype(unit.dtype) * unit, floor)
-    return sample, groups, starts
+    best = jax.vmap(lambda *group: _screened(narrow_loss, share, finalists, dropping, *group))
+    b, s = jax.tree.map(jnp.concatenate, best(*dealt, uniform))
+    coefficients = jax.vmap(problem.coefficients)(b.astype(unit.dtype) * unit)
+    return sample, groups, (coefficients, jnp.maximum(s.astype(unit.dtype) * unit, floor))
 
 
 def _screened(
-    loss: Loss, share: Array, count: int, q: Array, y: Array, weights: Array, subsets: Array
+    loss: Loss,
+    share: Array,
+    count: int,
+    dropping: bool,
+    q: Array,
+    y: Array,
+    weights: Array,
+    uniform: Array,
 ) -> Starts:
     """The best fits of many subsets, after two steps of reweighting on these rows.
 
-    `subsets` are the indices of the rows, or random numbers to draw the indices by.
+    The subsets are drawn by the random numbers `uniform`, a row for each subset. `dropping`: rows
+    at the end may have the weight 0.
     """
     k = q.shape[1]
     size, weights = jnp.sum(weights > 0), weights / jnp.sum(weights)
@@ -182,26 +189,26 @@ def _screened(
         s = scale_step(s, r)
         return weighted_least_squares(weights * weight(loss, r / s[:, None])), s
 
-    if jnp.issubdtype(subsets.dtype, jnp.floating):
-        subsets = jax.vmap(partial(_drawn, k, size))(subsets)
+    subsets = _subsets(len(y), size, dropping, uniform)
     b = jax.vmap(lambda rows: _least_squares(q[rows], y[rows]))(subsets)
     s = jnp.maximum(1.5 * _rough_median(jnp.abs(b @ q.T - y), weights), least_scale)
     b, s = lax.fori_loop(0, 2, step, (b, s))
     r = b @ q.T - y
     s = lax.fori_loop(0, 4, lambda _, s: scale_step(s, r), s)
-    # Among all subsets of few rows are those of rows that are dropped.
+    # Among all subsets of few rows are subsets with rows that are dropped.
     valid = jnp.all(jnp.isfinite(b), axis=1) & (s > 0) & jnp.all(subsets < size, axis=1)
     s = jnp.where(valid, s, jnp.inf)
     _, lowest = lax.top_k(-s, min(count, len(s)))
     return b[lowest], s[lowest]
 
 
-def _distinct(b: Array, s: Array) -> Starts:
+def _distinct(problem: Problem, ends: Estimate) -> Starts:
     """The minima, with NaN in the place of one that is the same as one before."""
+    c, s = ends.coefficients, ends.scale
+    distance = sum(jax.vmap(jax.vmap(problem.term_sizes))(c[:, None] - c))
     # Rows far out in X make distinct minima that are 0.01 s apart, so the same is a tenth of it.
-    same = jnp.max(jnp.abs(b[:, None] - b), axis=-1) <= 1e-3 * s
-    repeated = jnp.any(jnp.tril(same, -1), axis=1)
-    return jnp.where(repeated[:, None], jnp.nan, b), s
+    repeated = jnp.any(jnp.tril(distance <= 1e-3 * s, -1), axis=1)
+    return jnp.where(repeated[:, None], jnp.nan, c), s
 
 
 def _rough_median(x: Array, w: Array) -> Array:
@@ -221,6 +228,25 @@ def _rough_median(x: Array, w: Array) -> Array:
 
     low = lax.fori_loop(0, 11, halve, jnp.zeros(len(x), jnp.int32))
     return lax.bitcast_convert_type(low << 20, x.dtype).astype(dtype)
+
+
+def _subsets(n: int, size: Array, dropping: bool, uniform: Array) -> Array:
+    """(subsets, k) indices among the first `size` of n rows: all subsets if they are few enough.
+
+    So a fit of few rows does not depend on chance, whether other rows are dropped or are not there.
+    """
+    count, k = uniform.shape
+    few = k  # rows that have at most `count` subsets
+    while few < n and math.comb(few + 1, k) <= count:
+        few += 1
+    every = np.array(list(itertools.combinations(range(few), k)), np.int32)
+    if few == n:
+        return jnp.asarray(every)
+    drawn = jax.vmap(partial(_drawn, k, size))(uniform)
+    if not dropping:
+        return drawn
+    every = np.concatenate([every, np.full((count - len(every), k), n, np.int32)])
+    return jnp.where(size <= few, every, drawn)
 
 
 def _drawn(k: int, size: Array, uniform: Array) -> Array:

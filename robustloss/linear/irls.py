@@ -66,7 +66,7 @@ _NEWTON_STEP = 0.1
 
 
 def least_squares(problem: Problem, *, clipped: bool = False) -> Array:
-    """Least squares to start from. `clipped`: with the wildest values of y cut off."""
+    """The b of least squares. `clipped`: with the wildest values of y cut off."""
     y = problem.y
     if clipped:
         limit = _FARTHEST_START * jnp.where(problem.y_size > 0, problem.y_size, 1)
@@ -111,27 +111,28 @@ class LastStep(NamedTuple):
 def _equations(
     problem: Problem,
     loss: Callable[..., Array],
-    b: Array,
+    coefficients: Array,
     r: Array,
     s: Array,
     newton: Array,
     last: LastStep,
     joint: bool,
 ) -> Equations:
-    """The equations at coefficients b, residuals r and scale s.
+    """The equations at the coefficients, their residuals r and the scale s.
 
     They are balanced where each sum is 0 to rounding, relative to the sum of |psi| |q|. Rounding
-    changes a residual by eps (|y| + |r| + |q b|), and psi by psi' times that. So a row whose
-    influence has levelled off adds no rounding error, however far away it is. Where rounding may
-    change the influences themselves, as at a scale below the rounding of the data, nothing can be
-    verified, and the equations are not balanced unless every row with an influence is met exactly.
+    changes a residual by eps (|y| + |r| + size of the prediction's terms), and psi by psi' times
+    that. So a row whose influence has levelled off adds no rounding error, however far away it is.
+    Where rounding may change the influences themselves, as at a scale below the rounding of the
+    data, nothing can be verified, and the equations are not balanced unless every row with an
+    influence is met exactly.
 
     A row that is far out in X and has an influence hides the equations of the others behind its
     own. So rows count as if they were no longer than `_LONGEST_ROW`; or else the last step must
     have changed no residual by more than `last.short`, or rounding.
     """
     k = len(problem.constants)
-    typical = problem.typical_size(b)
+    constant, typical = problem.term_sizes(coefficients)
 
     def terms(q: Array, weights: Array, r: Array, y: Array, change: Array) -> tuple[Array, ...]:
         def weighted(x: Array) -> Array:
@@ -144,7 +145,9 @@ def _equations(
         def sizes() -> tuple[Array, Array]:
             length = jnp.maximum(1, jnp.max(jnp.abs(q), axis=1))
             shortened = jnp.minimum(1, _LONGEST_ROW / length)
-            rounding = jnp.finfo(r.dtype).eps * (jnp.abs(y) + jnp.abs(r) + typical * length)
+            rounding = jnp.finfo(r.dtype).eps * (
+                jnp.abs(y) + jnp.abs(r) + constant + typical * length
+            )
             pulls, blurs = jnp.abs(pull), weighted(jnp.abs(bend)) * rounding
             met = jnp.abs(r) <= 8 * rounding
             moves = ~(jnp.abs(change) <= last.short + 8 * rounding)
@@ -241,7 +244,7 @@ def _follow_scale(
 class _State(NamedTuple):
     """Where an M-estimate is after some steps."""
 
-    b: Array
+    c: Array  # coefficients of x - center
     r: Array
     s: Array
     equations: Equations
@@ -257,7 +260,7 @@ class _State(NamedTuple):
 class _Move(NamedTuple):
     """A step that may be accepted."""
 
-    b: Array
+    c: Array
     r: Array
     s: Array
     change: Array  # of the residuals, without the rounding of either
@@ -285,12 +288,12 @@ def m_estimate(
     convex: bool = False,
     joint: bool = False,
 ) -> Estimate:
-    """The b at which `sum(psi(r; s) q) = 0`, `r = q b - y` and `s = estimate_scale(problem, r, s)`.
+    """The coefficients at which `sum(psi(r; s) q) = 0` and `s = estimate_scale(problem, r, s)`.
 
-    `estimate_scale` must be positive. `convex`: the loss is known to be. `joint`: Newton's steps
-    are of b and s together, for a scale that is a function of the residuals alone and a loss whose
-    unit is the scale; else each step takes s as fixed. Converged means that both equations hold to
-    rounding at the b and s returned.
+    `start` are coefficients of x - center. `estimate_scale` must be positive. `convex`: the loss is
+    known to be. `joint`: Newton's steps are of the coefficients and s together, for a scale that is
+    a function of the residuals alone and a loss whose unit is the scale; else each step takes s as
+    fixed. Converged means that both equations hold to rounding at the values returned.
     """
     k, dtype = len(problem.constants), problem.y.dtype
     tolerance = jnp.finfo(dtype).eps ** _SMALL
@@ -302,18 +305,21 @@ def m_estimate(
         step = moves[:, 0]
         size = jnp.where(first, guess, jnp.max(jnp.abs(step)))
         if not joint:
-            r, change = two_predictions(problem, at.b - step, step)
+            moved = problem.coefficients(step)
+            r, change = two_predictions(problem, at.c - moved, moved)
             r = r - problem.y
             s = estimate_scale(problem, r, at.s, size)
-            return _Move(at.b - step, r, s, -change, size, jnp.asarray(False))
+            return _Move(at.c - moved, r, s, -change, size, jnp.asarray(False))
         by_scale = moves[:, 1]
-        r, v = two_predictions(problem, at.b - step, by_scale)
+        c, c_by_scale = at.c - problem.coefficients(step), problem.coefficients(by_scale)
+        r, v = two_predictions(problem, c, c_by_scale)
         r = r - problem.y
         regular = jnp.max(jnp.abs(by_scale)) <= _STEEPEST
         follow = at.newton & regular & (size <= at.follow_limit * at.s)
         t, s = _follow_scale(partial(estimate_scale, problem), at.s, r, v, size, follow)
-        step, r = step + t * by_scale, jnp.where(t == 0, r, r - t * v)
-        return _Move(at.b - step, r, s, r - at.r, jnp.max(jnp.abs(step)), t != 0)
+        r = jnp.where(t == 0, r, r - t * v)
+        size = jnp.max(jnp.abs(step + t * by_scale))
+        return _Move(c - t * c_by_scale, r, s, r - at.r, size, t != 0)
 
     # The first step moves nothing: it computes the residuals, their scale and the equations, which
     # the program would else contain twice.
@@ -333,26 +339,26 @@ def m_estimate(
         short = jnp.where(at.newton, tolerance**0.5, tolerance) * new.s
         same_scale = jnp.abs(new.s - at.s) <= tolerance * new.s
 
-        b, r, s, size, follow_limit, followed = (
+        c, r, s, size, follow_limit, followed = (
             jnp.where(accepted, x, y)
             for x, y in zip(
-                (new.b, new.r, new.s, size, follow_limit, new.followed),
-                (at.b, at.r, at.s, at.step_size, at.follow_limit, at.followed),
+                (new.c, new.r, new.s, size, follow_limit, new.followed),
+                (at.c, at.r, at.s, at.step_size, at.follow_limit, at.followed),
                 strict=True,
             )
         )
         newton = accepted & (size <= newton_limit * s)
         candidate = accepted & ((size <= _LONG_STEP * s) | (at.steps > _FEW_STEPS))
         last = LastStep(jnp.where(first, jnp.inf, new.change), short, candidate)
-        equations = _equations(problem, loss(s), b, r, s, newton, last, joint)
+        equations = _equations(problem, loss(s), c, r, s, newton, last, joint)
         converged = equations.balanced & (joint | same_scale)
         return _State(
-            b, r, s, equations, at.steps + 1, size, newton, newton_limit, follow_limit, followed,
+            c, r, s, equations, at.steps + 1, size, newton, newton_limit, follow_limit, followed,
             converged,
         )  # fmt: skip
 
     def goes_on(at: _State) -> Array:
-        return ~at.converged & (at.steps < steps) & jnp.all(jnp.isfinite(at.b))
+        return ~at.converged & (at.steps < steps) & jnp.all(jnp.isfinite(at.c))
 
     no, infinity = jnp.asarray(False), jnp.full((), jnp.inf, dtype)
     still = Equations(jnp.eye(k, dtype=dtype), jnp.zeros((k, 1 + joint), dtype), no)
@@ -363,8 +369,8 @@ def m_estimate(
         follow_limit, no, no,
     )  # fmt: skip
     end = lax.while_loop(goes_on, iterate, begin)
-    finite = jnp.all(jnp.isfinite(end.b)) & jnp.isfinite(end.s)
-    return Estimate(end.b, end.s, end.r, end.converged & finite, end.steps)
+    finite = jnp.all(jnp.isfinite(end.c)) & jnp.isfinite(end.s)
+    return Estimate(end.c, end.s, end.r, end.converged & finite, end.steps)
 
 
 def met_exactly(problem: Problem, found: Estimate) -> Estimate:
@@ -373,8 +379,8 @@ def met_exactly(problem: Problem, found: Estimate) -> Estimate:
     The M-estimate at a scale near 0 differs from this fit by a part of that scale.
     """
 
-    def refine(_: int, b: Array) -> Array:
-        r = predictions(problem, b) - problem.y
+    def refine(_: int, c: Array) -> Array:
+        r = predictions(problem, c) - problem.y
 
         def terms(q: Array, weights: Array, r: Array, met: Array) -> Array:
             weights = jnp.where(met, weights, 0)
@@ -384,8 +390,8 @@ def met_exactly(problem: Problem, found: Estimate) -> Estimate:
         equations = sum_over_rows(problem, terms, r, met)
         step = solve(equations[:, :-1], equations[:, -1])
         determined = jnp.max(jnp.abs(step)) <= _STEEPEST * found.scale
-        return jnp.where(determined, b - step, b)
+        return jnp.where(determined, c - problem.coefficients(step), c)
 
     met = jnp.abs(found.residuals) <= 4 * found.scale
-    b = lax.fori_loop(0, 2, refine, found.b)
-    return found._replace(b=b, residuals=predictions(problem, b) - problem.y)
+    c = lax.fori_loop(0, 2, refine, found.coefficients)
+    return found._replace(coefficients=c, residuals=predictions(problem, c) - problem.y)

@@ -1,4 +1,4 @@
-"""What a linear fit found, and how it prints."""
+"""The result of a linear fit, with its tables."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from robustloss._numerics import normal
 )  # fmt: skip
 @dataclass(frozen=True)
 class LinearFit:
-    """What `fit_linear` found, a pytree.
+    """The result of `fit_linear`, a pytree.
 
     Where y has several columns, the targets are the last axis of every field, as they are of y.
     Under vmap each field has one more axis in front.
@@ -36,33 +36,34 @@ class LinearFit:
     coefficients: Array
     """One for each column of X."""
     intercept: Array
-    """0 in a fit without."""
+    """0 in a fit without an intercept."""
     scale: Array
-    """Of the residuals, robust; 0 where at least half of the rows are fitted exactly."""
+    """The robust scale of the residuals; 0 where at least half of the rows are fitted exactly."""
     weights: Array
-    """What each row counted, `psi(r) / r`; 0 where dropped, inf where MAE meets a row exactly."""
+    """`psi(r) / r` of each row; 0 where dropped, inf where MAE meets a row exactly."""
     residuals: Array
-    """`y - predict(X)`, as in statistics; NaN where dropped. A loss takes the opposite sign, which
-    is `prediction_errors`."""
+    """`y - predict(X)`, as in statistics; NaN where dropped. The residual that a loss takes has the
+    opposite sign: `prediction_errors`."""
     covariance: Array
-    """Of the intercept, where there is one, and the coefficients, in this order. NaN for those
-    that the data cannot tell from others, and where a scale of 0 tells nothing of the errors."""
+    """Of the intercept, if there is one, and the coefficients, in this order. NaN where the data do
+    not identify a coefficient, and where a scale of 0 does not measure the errors."""
     converged: Array
-    """Whether the equations that define the fit hold, to rounding, at what is returned."""
+    """Whether the equations that define the fit hold to rounding at the values returned."""
     steps: Array
-    """How many it took."""
+    """The number of steps taken."""
     unique: Array
-    """False where other coefficients are known to serve as well: columns that depend on
-    others, of which the smallest solution was taken, or an objective with a level edge."""
+    """False where other coefficients are known to be as good: where columns depend on others (the
+    fit is then the smallest solution), or where the objective has a level edge."""
     _standard_errors: Array | None = None
-    """Kept beside the covariance, whose entries are squares and can leave the range of floats."""
+    """Kept because the entries of the covariance are squares and can leave the range of floats."""
     several: bool = False
     """Whether y had several columns."""
 
     @property
     def prediction_errors(self) -> Array:
-        """`predict(X) - y`, the residual that a loss takes: `rl.influence(loss, prediction_errors)`
-        is the pull of each row.
+        """`predict(X) - y`, the residual that a loss takes.
+
+        So `rl.influence(loss, prediction_errors)` is the influence of each row.
         """
         return -self.residuals
 
@@ -73,8 +74,8 @@ class LinearFit:
             X: real numbers of the shape (rows, columns), or (columns,) for one row.
 
         Returns:
-            (rows,), or (rows, targets); one axis less for one row. Of a batch of fits, each
-            predicts these rows, with the batch in front.
+            (rows,), or (rows, targets); one axis less for one row. In a batch of fits each fit
+            predicts the same rows, and the axis of the batch is in front.
 
         Raises:
             ValueError: X has another shape.
@@ -105,7 +106,7 @@ class LinearFit:
         return jnp.abs(self.residuals) > cutoff * jnp.broadcast_to(scale, self.residuals.shape)
 
     def standard_errors(self) -> Array:
-        """Of the intercept, where there is one, and the coefficients, in this order."""
+        """Of the intercept, if there is one, and the coefficients, in this order."""
         if self._standard_errors is not None:
             return self._standard_errors
         return jnp.sqrt(jnp.diagonal(self.covariance, axis1=-2, axis2=-1))
@@ -121,8 +122,8 @@ class LinearFit:
         """
         if self.coefficients.ndim != 1:
             raise ValueError(
-                "summary takes one fit; of a batch, or of several targets, take one with "
-                "jax.tree.map"
+                "summary takes one fit, got a batch or several targets: "
+                "select one with jax.tree.map(lambda x: x[..., i], fit)"
             )
         columns = len(self.coefficients)
         named = [f"x{i + 1}" for i in range(columns)] if names is None else [str(x) for x in names]
@@ -158,7 +159,7 @@ class LinearFit:
         return self.coefficients.ndim > 1 + self.several
 
     def _notes(self, errors: np.ndarray) -> list[str]:
-        """What is to be known about this fit, a line each."""
+        """The state of the fit in words, one line for each fact."""
         residuals, weights = np.asarray(self.residuals), np.asarray(self.weights)
         kept = ~(np.isnan(residuals) & (weights == 0))
         rows = "1 row" if kept.sum() == 1 else f"{kept.sum()} rows"

@@ -256,7 +256,8 @@ def _of_s(fit: Fit, of: certify.Problem, at: certify.Evidence, scale: float) -> 
     loss = fit.way.loss if fit.way.loss in certify.RHO else "tukey"
     if not fit.found.unique:
         return
-    k = at.Q.shape[1]
+    # The fit says that it is unique, so that it counted all columns, be they nearly dependent.
+    k = of.X.shape[1] + of.intercept
     count = float(np.sum(of.w) ** 2 / np.sum(of.w**2))
     share = max(0.5 * (1 - k / count), 0.5 / count)
     slack = 1e-3
@@ -269,7 +270,7 @@ def _of_s(fit: Fit, of: certify.Problem, at: certify.Evidence, scale: float) -> 
     here = certify.m_scale(np.abs(at.e) + at.noise, of.w, loss, share)
     if scale > here * (1 + slack):
         yield Broken("S-scale is at most the M-scale of the fit", scale / here - 1)
-    elif len(of.y) <= 12 and k <= 3:
+    elif len(of.y) <= 12 and k <= 3 and k == at.Q.shape[1]:
         least = certify.s_scale(of, at, loss)
         rounding = float(np.median(at.noise))
         if scale > least * (1 + slack) + rounding:

@@ -1,11 +1,12 @@
-"""The simplex method on vertices: from one next to the optimum, along edges that lead down.
+"""The simplex method: from a vertex next to the optimum, along edges that lead down.
 
-A vertex is named by its basis, k rows which are met exactly. From it lead 2 k edges, along each
-of which one of them is no longer met.
+A vertex is named by its basis: k rows which are met exactly. From a vertex lead 2 k edges. Along
+each edge one row of the basis is no longer met, and is above or below the fit.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -14,169 +15,198 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from robustloss._numerics.columns import mean_size
+from robustloss._regression import solve
+from robustloss.linear.quantile.program import Program, quantile_loss
+
+PIVOTS = 200  # after an interior point a few are usual
+# Units of rounding. A residual is a sum of k + 1 terms, a slope a sum of all rows; the factors are
+# wide enough for the sums and the solution with the basis, in the hostile data of the tests.
+_RESIDUAL_ROUNDING = 16
+_SLOPE_ROUNDING = 64
+# A row of the basis must keep more than this part of its squared length when the rows chosen before
+# are projected out: what is left of a row that depends on them is rounding.
+_INDEPENDENT = 1e-10
 
 
-class Others(NamedTuple):
-    """What the rows that take no part add, each on a side that it is taken to stay on."""
-
-    pull: Array
-    """(k,) the sum of `level q` above and `(level - 1) q` below"""
-    size: Array
-    """(k,) of the terms of that sum"""
-    value: Array
-    """the sum of `level y` above and `(level - 1) y` below"""
-
-
-class Basis(NamedTuple):
-    """A vertex, and what its edges say."""
+class Vertex(NamedTuple):
+    """Where the simplex method ended."""
 
     rows: Array
+    """(k,) basis; the index n for a column of 0"""
     b: Array
+    """(k,) coefficients"""
     optimal: Array
     """no edge leads down"""
-    alone: Array
-    """no other row is met, so that the edges are all there is to look at"""
+    nondegenerate: Array
+    """no row outside of the basis is met, so that the edges are all directions to look at"""
     unique: Array
-    steps: Array
+    """no other optimum was seen"""
+    pivots: Array
 
 
-class _Seen(NamedTuple):
-    """A vertex, and the slope along each of its edges, up and down."""
+class _Edges(NamedTuple):
+    """A vertex, and the slope of the objective along each of its edges."""
 
     rows: Array
+    """(k,) basis"""
     b: Array
+    """(k,)"""
     inverse: Array
-    e: Array
-    chance: Array
-    """rows that are met without being in the basis"""
+    """(k, k) of the rows of the basis; its columns are the directions of the edges"""
+    residuals: Array
+    """(n,) y - a b, exactly 0 where met"""
+    degenerate: Array
+    """(n,) rows that are met without being in the basis"""
     slopes: Array
-    noise: Array
+    """(2, k) along each column of the inverse, and against it"""
+    rounding: Array
+    """(k,) how far rounding may change a slope"""
 
 
-class _At(NamedTuple):
-    rows: Array
-    taken: Array
-    goes: Array
+class _State(NamedTuple):
+    rows: Array  # the basis whose edges are examined next
+    pivots: Array
+    moved: Array
     optimal: Array
-    seen: _Seen
-    """the last vertex that was looked at"""
+    edges: _Edges  # of the vertex examined last
 
 
-def simplex(
-    a: Array,
-    y: Array,
-    kept: Array,
-    level: Array,
-    others: Others,
-    near: Array,
-    steps: ArrayLike = 200,
-) -> Basis:
-    """From the vertex next to `near`, along edges that lead down.
+def simplex(program: Program, interior: Array, pivots: ArrayLike = PIVOTS) -> Vertex:
+    """The optimal vertex, from the one next to the coefficients `interior`.
 
-    To tell whether the optimum is unique, `near` must be where an interior point ended.
+    To tell whether the optimum is unique, `interior` must be where an interior point ended.
     """
-    n, k = a.shape
-    eps = jnp.finfo(y.dtype).eps
+    n = len(program.y)
+    extended = _with_rows_for_empty_columns(program)
+    start = _initial_basis(extended, interior)
+    shapes = jax.eval_shape(partial(_edges, extended), start)
+    no_edges = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    begin = _State(start, jnp.int32(0), jnp.asarray(True), jnp.asarray(False), no_edges)
+    end = lax.while_loop(
+        lambda at: at.moved, lambda at: _pivot(extended, at, at.pivots < pivots), begin
+    )
+    edges = end.edges
+    return Vertex(
+        jnp.where(edges.rows < n, edges.rows, n),
+        edges.b,
+        end.optimal,
+        ~jnp.any(edges.degenerate),
+        _is_unique(extended, edges, interior),
+        end.pivots,
+    )
+
+
+def vertex_shift(a: Array, added: Array, basis: Array) -> Array:
+    """How far the vertex of this basis moves where `added` is added to y."""
+    inside = basis < len(a)
+    square, right = (jnp.where(inside, x[basis].T, 0).T for x in (a, added))
     empty = jnp.sum(a * a, axis=0) == 0
-    # A column of 0 is met by a row of its own, which nothing else depends on.
-    a = jnp.concatenate([a, jnp.diag(empty.astype(a.dtype))])
-    y = jnp.concatenate([y, jnp.zeros(k, y.dtype)])
-    kept = jnp.concatenate([kept, empty])
-    level = jnp.asarray(level, y.dtype)
-
-    def look(rows: Array) -> _Seen:
-        square = a[rows]
-        lu = jax.scipy.linalg.lu_factor(square)
-        inverse = jax.scipy.linalg.lu_solve(lu, jnp.eye(k, dtype=a.dtype))
-        b = inverse @ y[rows]
-        b = b + inverse @ (y[rows] - square @ b)
-        e = (y - a @ b).at[rows].set(0)
-        met = jnp.abs(e) <= 16 * eps * (jnp.abs(y) + jnp.sum(jnp.abs(a) * jnp.abs(b), axis=1))
-        e = jnp.where(met, 0, e)
-        pull = jnp.where(met, 0, jnp.where(e > 0, level, level - 1))
-        v = (a.T @ jnp.where(kept, pull, 0) + others.pull) @ inverse
-        size = (
-            jnp.sum(jnp.abs(a) * jnp.where(kept, jnp.abs(pull), 0)[:, None], axis=0) + others.size
-        )
-        size = size @ jnp.abs(inverse)
-        # Rows that are met by chance have a slope of their own to either side.
-        chance = (met & kept).at[rows].set(False)
-
-        def of_chance() -> tuple[Array, Array]:
-            move = jnp.where(chance[:, None], a @ inverse, 0)
-            return quantile_loss(-move, level).sum(0), quantile_loss(move, level).sum(0)
-
-        def none() -> tuple[Array, Array]:
-            return jnp.zeros(k, a.dtype), jnp.zeros(k, a.dtype)
-
-        up, down = lax.cond(jnp.any(chance), of_chance, none)
-        slopes = jnp.stack([(1 - level) - v + up, level + v + down])
-        return _Seen(rows, b, inverse, e, chance, slopes, 64 * eps * (size + 1))
-
-    def walk(at: _At) -> _At:
-        here = look(at.rows)
-        side, j = jnp.unravel_index(jnp.argmin(here.slopes / here.noise), here.slopes.shape)
-        downhill = here.slopes[side, j] < -here.noise[j]
-        goes = downhill & (at.taken < steps)
-        move = a @ here.inverse[:, j] * jnp.where(side == 0, 1, -1)
-        slope = jnp.where(goes, here.slopes[side, j], jnp.inf)
-        row = jnp.where(goes, _lowest(here.e, move, kept, slope), at.rows[j])
-        rows = at.rows.at[j].set(row.astype(jnp.int32))
-        return _At(rows, at.taken + goes, goes, ~downhill, here)
-
-    start = _choose(a, y - a @ near, kept)
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(look, start))
-    begin = _At(start, jnp.int32(0), jnp.asarray(True), jnp.asarray(False), nothing)
-    end = lax.while_loop(lambda at: at.goes, walk, begin)
-    found = end.seen
-    # An edge that is level and not of length 0 leads to other optima.
-    blocked = jnp.any(found.chance[:, None] & (jnp.abs(a @ found.inverse) > eps), axis=0)
-    unique = ~jnp.any((jnp.abs(found.slopes) <= found.noise) & ~blocked)
-    # Where other rows are met too, edges are not all the ways that lead away; but an interior
-    # point ends amid all optima, which is not a vertex if there are others.
-    size = jnp.max(jnp.abs(found.b)) + mean_size(y, kept)
-    off = jnp.max(jnp.abs(found.b - near))
-    unique &= ~jnp.any(found.chance) | (off <= eps**0.5 * size)
-    rows = jnp.where(found.rows < n, found.rows, n)
-    return Basis(rows, found.b, end.optimal, ~jnp.any(found.chance), unique, end.taken)
+    return solve(square.T @ square + jnp.diag(empty.astype(a.dtype)), square.T @ right)
 
 
-def _lowest(e: Array, move: Array, kept: Array, slope: Array) -> Array:
-    """The row where an edge stops to lead down; each that it meets adds to its slope."""
-    turns = kept & (e * move > 0)
-    ahead = jnp.where(turns, e / jnp.where(turns, move, 1), jnp.inf)
-
-    def further(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        slope, ahead, _ = state
-        i = jnp.argmin(ahead)
-        slope = jnp.where(ahead[i] < jnp.inf, slope + jnp.abs(move[i]), jnp.inf)
-        return slope, ahead.at[i].set(jnp.inf), i
-
-    return lax.while_loop(lambda state: state[0] < 0, further, (slope, ahead, jnp.asarray(0)))[2]
+def _with_rows_for_empty_columns(program: Program) -> Program:
+    """With k more rows: a column of 0 is met by a row of its own, which no other row depends on."""
+    a, y, kept, level, _ = program
+    empty = jnp.sum(a * a, axis=0) == 0
+    return program._replace(
+        a=jnp.concatenate([a, jnp.diag(empty.astype(a.dtype))]),
+        y=jnp.concatenate([y, jnp.zeros(len(empty), y.dtype)]),
+        kept=jnp.concatenate([kept, empty]),
+        level=jnp.asarray(level, y.dtype),
+    )
 
 
-def _choose(a: Array, e: Array, kept: Array) -> Array:
-    """Rows that are nearly met and far from depending on each other, as many as columns."""
-    n, k = a.shape
-    scale = jnp.max(jnp.abs(e), where=kept, initial=0)
-    info = jnp.finfo(e.dtype)
-    pull = jnp.where(kept, 1 / (jnp.abs(e) + info.eps * scale + info.tiny), 0)
+def _edges(program: Program, rows: Array) -> _Edges:
+    """The vertex of a basis and the slopes along its edges."""
+    a, y, kept, level, fixed = program
+    k, eps = a.shape[1], jnp.finfo(y.dtype).eps
+    square = a[rows]
+    lu = jax.scipy.linalg.lu_factor(square)
+    inverse = jax.scipy.linalg.lu_solve(lu, jnp.eye(k, dtype=a.dtype))
+    b = inverse @ y[rows]
+    b = b + inverse @ (y[rows] - square @ b)
+    e = (y - a @ b).at[rows].set(0)
+    terms = jnp.abs(y) + jnp.sum(jnp.abs(a) * jnp.abs(b), axis=1)
+    met = jnp.abs(e) <= _RESIDUAL_ROUNDING * eps * terms
+    e = jnp.where(met, 0, e)
+    slope = jnp.where(met | ~kept, 0, jnp.where(e > 0, level, level - 1))
+    gradient = (a.T @ slope + fixed.gradient) @ inverse
+    size = jnp.sum(jnp.abs(a) * jnp.abs(slope)[:, None], axis=0) + fixed.gradient_size
+    size = size @ jnp.abs(inverse)
+    degenerate = (met & kept).at[rows].set(False)
 
-    def pick(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        left, rows, taken = state
-        size = jnp.sum(left * left, axis=1)
-        # What is left of a row that depends on those taken is rounding.
-        apart = size > 1e-10 * jnp.sum(a * a, axis=1)
-        row = jnp.argmax(jnp.where(apart & ~taken, jnp.sqrt(size) * pull, -1))
-        direction = left[row] / jnp.sqrt(jnp.where(size[row] > 0, size[row], 1))
-        left = left - (left @ direction)[:, None] * direction
-        return left, rows.at[i].set(row.astype(jnp.int32)), taken.at[row].set(True)
+    # The loss of a row that is met rises in both directions.
+    def rises() -> tuple[Array, Array]:
+        move = jnp.where(degenerate[:, None], a @ inverse, 0)
+        return quantile_loss(-move, level).sum(0), quantile_loss(move, level).sum(0)
 
-    start = a, jnp.zeros(k, jnp.int32), jnp.zeros(n, bool)
-    _, rows, _ = lax.fori_loop(0, k, pick, start)
-    return rows
+    def no_rises() -> tuple[Array, Array]:
+        return jnp.zeros(k, a.dtype), jnp.zeros(k, a.dtype)
+
+    up, down = lax.cond(jnp.any(degenerate), rises, no_rises)
+    slopes = jnp.stack([(1 - level) - gradient + up, level + gradient + down])
+    return _Edges(rows, b, inverse, e, degenerate, slopes, _SLOPE_ROUNDING * eps * (size + 1))
 
 
-def quantile_loss(e: Array, level: Array) -> Array:
-    """Of `e = y - q b`: level times what is above the fit, 1 - level times what is below."""
-    return jnp.maximum(level * e, (level - 1) * e)
+def _pivot(program: Program, at: _State, may_move: Array) -> _State:
+    """Moves along the steepest edge, relative to rounding, to the lowest point on it."""
+    edges = _edges(program, at.rows)
+    side, j = jnp.unravel_index(jnp.argmin(edges.slopes / edges.rounding), edges.slopes.shape)
+    downhill = edges.slopes[side, j] < -edges.rounding[j]
+    moved = downhill & may_move
+    move = program.a @ edges.inverse[:, j] * jnp.where(side == 0, 1, -1)
+    slope = jnp.where(moved, edges.slopes[side, j], jnp.inf)
+    entering = _entering_row(edges.residuals, move, program.kept, slope)
+    entering = jnp.where(moved, entering, at.rows[j])
+    rows = at.rows.at[j].set(entering.astype(jnp.int32))
+    return _State(rows, at.pivots + moved, moved, ~downhill, edges)
+
+
+def _entering_row(e: Array, move: Array, kept: Array, slope: Array) -> Array:
+    """The row at which an edge no longer leads down; each row it crosses adds to its slope."""
+    crossed = kept & (e * move > 0)
+    distances = jnp.where(crossed, e / jnp.where(crossed, move, 1), jnp.inf)
+
+    def cross_next(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        slope, distances, _ = state
+        i = jnp.argmin(distances)
+        slope = jnp.where(distances[i] < jnp.inf, slope + jnp.abs(move[i]), jnp.inf)
+        return slope, distances.at[i].set(jnp.inf), i
+
+    begin = (slope, distances, jnp.asarray(0))
+    return lax.while_loop(lambda state: state[0] < 0, cross_next, begin)[2]
+
+
+def _initial_basis(program: Program, interior: Array) -> Array:
+    """k rows that are nearly met and far from depending on each other."""
+    a, y, kept, _, _ = program
+    (n, k), info = a.shape, jnp.finfo(y.dtype)
+    e = y - a @ interior
+    size = jnp.max(jnp.abs(e), where=kept, initial=0)
+    preference = jnp.where(kept, 1 / (jnp.abs(e) + info.eps * size + info.tiny), 0)
+
+    def choose(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        remainder, rows, taken = state
+        square = jnp.sum(remainder * remainder, axis=1)
+        independent = square > _INDEPENDENT * jnp.sum(a * a, axis=1)
+        row = jnp.argmax(jnp.where(independent & ~taken, jnp.sqrt(square) * preference, -1))
+        direction = remainder[row] / jnp.sqrt(jnp.where(square[row] > 0, square[row], 1))
+        remainder = remainder - (remainder @ direction)[:, None] * direction
+        return remainder, rows.at[i].set(row.astype(jnp.int32)), taken.at[row].set(True)
+
+    begin = a, jnp.zeros(k, jnp.int32), jnp.zeros(n, bool)
+    return lax.fori_loop(0, k, choose, begin)[1]
+
+
+def _is_unique(program: Program, edges: _Edges, interior: Array) -> Array:
+    """Whether no edge is level, and the interior point ended at the vertex."""
+    eps = jnp.finfo(program.y.dtype).eps
+    # A level edge leads to other optima, unless a degenerate row ends it at once.
+    moves = jnp.abs(program.a @ edges.inverse) > eps
+    blocked = jnp.any(edges.degenerate[:, None] & moves, axis=0)
+    unique = ~jnp.any((jnp.abs(edges.slopes) <= edges.rounding) & ~blocked)
+    # At a degenerate vertex the edges are not all directions. But an interior point ends in the
+    # middle of all optima, which is no vertex if there are several.
+    size = jnp.max(jnp.abs(edges.b)) + mean_size(program.y, program.kept)
+    distance = jnp.max(jnp.abs(edges.b - interior))
+    return unique & (~jnp.any(edges.degenerate) | (distance <= eps**0.5 * size))
