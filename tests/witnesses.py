@@ -80,8 +80,10 @@ class Witness:
     def derivative(self, r: mpf, d: mpf, m: int = 0, n: int = 0) -> mpf:
         if r == 0 and m % 2:
             return mpf(0)
-        series = self._series(r, d, by_delta=n > 0)
-        return series.derivative((m, n) if n else (m,))
+        found = self._series(r, d, by_delta=n > 0).derivative((m, n) if n else (m,))
+        # r = 1e-30 delta leaves values of 1e-120 in these units, and rounding far less of 0.
+        unit = d ** (self.degree - m - n)
+        return found if abs(found) > mpf(10) ** (20 - DIGITS) * unit else mpf(0)
 
     def value(self, r: mpf, d: mpf) -> mpf:
         return self._series(r, d, by_delta=False).value
