@@ -18,7 +18,7 @@ from jax import Array
 from mpmath import mp, mpf
 
 import robustloss as rl
-from experiments._truth import FORMULAS, KINKS, derivatives
+from experiments._truth import ROWS, derivatives
 
 Arguments = tuple[int, ...]
 
@@ -36,8 +36,7 @@ class DerivativeError(NamedTuple):
 
 def sample(name: str, dtype: Any, count: int, seed: int = 0) -> list[np.ndarray]:
     """Residuals and parameters over the whole range, most of them where a loss bends."""
-    random = np.random.default_rng(seed)
-    _, parameters = FORMULAS[name]
+    random, row = np.random.default_rng(seed), ROWS[name]
 
     def spread(low: float, high: float) -> np.ndarray:
         return 10.0 ** random.uniform(low, high, count)
@@ -61,15 +60,14 @@ def sample(name: str, dtype: Any, count: int, seed: int = 0) -> list[np.ndarray]
         ),
     }
     columns["scale"] = columns["delta"]
-    if name == "general_nll":  # few values, since each needs an integral
-        alphas = [0, 1e-6, 1e-3, 0.1, 0.5, 0.75, 1, 1.25, 1.5, 1.9, 1.99, 1.9999]
-        columns["alpha"] = random.choice(alphas, count)
-    scaled = {"delta", "scale"} & set(parameters)
+    for parameter, choices in (row.choices or {}).items():
+        columns[parameter] = random.choice(choices, count)
+    scaled = {"delta", "scale"} & set(row.parameters)
     with np.errstate(over="ignore"):
         point = [(u * columns["delta"] if scaled else u).astype(dtype)]
-        point += [columns[parameter].astype(dtype) for parameter in parameters]
+        point += [columns[parameter].astype(dtype) for parameter in row.parameters]
     kept = np.isfinite(point[0]) & (np.abs(point[0]) >= np.finfo(dtype).tiny)
-    for kink in KINKS.get(name, ()):  # a knot is rounded: beside the knot, both sides are right
+    for kink in row.kinks:  # a knot is rounded: beside the knot, both sides are right
         distance = np.abs(np.abs(point[0].astype(float)) / kink / point[-1].astype(float) - 1)
         kept &= distance > 8 * np.finfo(dtype).eps
     return [x[kept] for x in point]
@@ -77,7 +75,7 @@ def sample(name: str, dtype: Any, count: int, seed: int = 0) -> list[np.ndarray]
 
 def computed(name: str, point: Sequence[Any], every_order: bool = False) -> dict[Arguments, Array]:
     """The library's first and second derivatives, in each order of the arguments if asked."""
-    _, parameters = FORMULAS[name]
+    parameters = ROWS[name].parameters
 
     def loss(r: Array, *values: Array) -> Array:
         return rl.LOSSES[name](r, **dict(zip(parameters, values, strict=True)))

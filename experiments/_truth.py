@@ -1,8 +1,12 @@
-"""The textbook formulas of the losses in mpmath, with all derivatives to third order.
+"""The truth about every loss, one row each: its textbook formula, its laws, its limits.
 
-A `Series` is a Taylor series in several variables, truncated after the third order. A formula
-that takes numbers also takes series, and then gives exact derivatives without finite differences.
-The arithmetic has `DIGITS` digits, enough to survive the cancellation in the formulas.
+A row states a loss twice. The first time it is the textbook's formula of the value, for mpmath: a
+`Series` is a Taylor series in several variables, truncated after the third order. A formula that
+takes numbers also takes series, and then gives exact derivatives without finite differences. The
+arithmetic has `DIGITS` digits, enough to survive the cancellation in the formulas. The second time
+it is value, slope and curvature in float64, written by hand without cancellation, for millions of
+residuals at a time. The tests compare the two, and derive all other truths from them: the
+derivatives, psi, and the limits of accuracy. Nothing in this file uses the library.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -85,6 +90,15 @@ class Series:
         inverse = self.compose([(-1) ** k * x ** -(k + 1) for k in range(ORDER + 1)])
         return inverse ** (-n)
 
+    def __abs__(self) -> Series:
+        return self * (-1 if self.value < 0 else 1)
+
+    def __lt__(self, other: Any) -> bool:
+        return self.value < _number(other)
+
+    def __le__(self, other: Any) -> bool:
+        return self.value <= _number(other)
+
     __radd__ = __add__
     __rmul__ = __mul__
 
@@ -96,6 +110,10 @@ class Series:
         for c in reversed(lower):
             total = total * change + c
         return total
+
+
+def _number(x: Any) -> Any:
+    return x.value if isinstance(x, Series) else x
 
 
 def variables(*point: mpf) -> list[Series]:
@@ -142,63 +160,247 @@ def expm1_ratio(x: Series) -> Series:
     return x.compose([mpf(1) / math.factorial(k + 1) for k in range(ORDER + 1)])
 
 
-# The losses as functions of the residual and their parameters.
+# The statements of a row.
+
+Three = tuple[float, float, float]
 
 
-def _absolute(r: Series) -> Series:
-    return r * (-1 if r.value < 0 else 1)
+@dataclass(frozen=True)
+class Row:
+    """The truth about a loss. Of a loss with two sides, formula and views are those of one side."""
+
+    formula_of_side: Callable[..., Series]
+    """The textbook's formula, a function of the residual and its parameters."""
+    views: Callable[..., Sequence[Any]] | None = None
+    """Value, slope and curvature at |r| in float64, a function of NumPy or jax.numpy, |r| and the
+    parameters. Where slope or curvature passes through 0 away from r = 0, the sizes of their terms
+    follow."""
+    parameters: tuple[str, ...] = ("delta",)
+    """The parameters after the residual, in the order of the formula."""
+    ulps: Three | None = None
+    """The largest accepted errors of value, slope and curvature in float32, at any delta."""
+    all_ulps: Three | None = None
+    """The same over all 2**32 numbers, where they are larger than over the sample of the tests."""
+    kinks: tuple[float, ...] = ()
+    """The values of |r| / delta, 0 apart, at which a first or second derivative jumps."""
+    degree: int = 2
+    """The loss is `delta**degree f(r / delta)`."""
+    unit: bool = True
+    """Whether the loss is r**2 / 2 near 0; of a loss with two sides, at q = 1/2."""
+    side_factor: int = 0
+    """The side above 0 has the factor (1 - q) times this, the side below q times this; 0: even."""
+    cases: tuple[dict[str, Any], ...] = ({},)
+    """Values of the parameters other than delta for the tests."""
+    case_ulps: tuple[Three, ...] | None = None
+    """`ulps` of each case, where they differ."""
+    choices: dict[str, tuple[float, ...]] | None = None
+    """Of a parameter, the only values at which all derivatives are measured."""
+
+    def formula(self, r: Series, *parameters: Any, **fixed: Any) -> Series:
+        """The loss; at 0 its derivatives of odd order in r are those from the right."""
+        if not self.side_factor:
+            return self.formula_of_side(r, *parameters, **fixed)
+        q, *others = parameters
+        side = 0 * q + mpf(1) / 2 if r.value == 0 else q if r.value < 0 else 1 - q
+        return self.side_factor * side * self.formula_of_side(r, *others)
+
+    def in_float64(self, xp: Any, r: Any, *parameters: Any, **fixed: Any) -> tuple[Any, ...]:
+        """Value, slope, curvature, and the sizes of the terms of the last two."""
+        side, sign = 1.0, xp.sign(r)
+        if self.side_factor:
+            q, *parameters = parameters
+            side = self.side_factor * xp.where(r == 0, 0.5, xp.where(r > 0, 1 - q, q))
+        value, slope, bend, *terms = self.views(xp, xp.abs(r), *parameters, **fixed)
+        in_slope, in_bend = terms or (0 * r, 0 * r)
+        return tuple(side * x for x in (value, sign * slope, bend, in_slope, in_bend))
+
+
+ROWS: dict[str, Row] = {}
+"""The row of each loss in `rl.LOSSES`."""
+
+
+def row(formula: Callable[..., Series], **fields: Any) -> Callable[[Callable[..., Any]], Row]:
+    """Adds the row of a loss. The decorated function has its name and computes its views."""
+
+    def add(views: Callable[..., Any]) -> Row:
+        ROWS[views.__name__] = Row(formula, views, **fields)
+        return ROWS[views.__name__]
+
+    return add
+
+
+# The rows. u is r / delta, and z its square.
+
+
+@row(lambda r: r * r, parameters=(), ulps=(0.5, 0.5, 0.5), unit=False)
+def squared_error(xp, a):
+    return a * a, 2 * a, 2 + 0 * a
+
+
+@row(abs, parameters=(), ulps=(0.5, 0.5, 0.5), unit=False)
+def absolute_error(xp, a):
+    return a, 1 + 0 * a, 0 * a
 
 
 def _huber(r: Series, d: Series) -> Series:
-    a = _absolute(r)
-    return a * a / 2 if a.value <= d.value else d * (a - d / 2)
+    a = abs(r)
+    return a * a / 2 if a <= d else d * (a - d / 2)
 
 
-def _side(r: Series, q: Series) -> Series:
-    return 1 - q if r.value > 0 else q
+@row(_huber, ulps=(1.6, 0.51, 0.51), kinks=(1.0,))
+def huber(xp, a, d):
+    near = a <= d
+    return xp.where(near, a * a / 2, d * (a - d / 2)), xp.minimum(a, d), xp.where(near, 1.0, 0.0)
 
 
 def _log_cosh(r: Series, d: Series) -> Series:
-    u = _absolute(r) / d
+    u = abs(r) / d
     return d * d * (u - mp.log(2) + log(1 + exp(-2 * u)))
 
 
-def _fair(r: Series, d: Series) -> Series:
-    u = _absolute(r) / d
-    return d * d * (u - log(1 + u))
+@row(_log_cosh, ulps=(3.0, 2.2, 5.0))
+def log_cosh(xp, a, d):
+    u = a / d
+    s, tail = xp.expm1(-xp.minimum(u, 5)), xp.exp(-2 * u)
+    near = xp.log1p(s * s / (2 * (1 + s)))  # cosh u - 1 = expm1(-u)**2 e**u / 2
+    value = xp.where(u < 5, near, u - math.log(2) + xp.log1p(tail))
+    slope = xp.where(u < 1, xp.tanh(u), (1 - tail) / (1 + tail))
+    return d * d * value, d * slope, 4 * tail / (1 + tail) ** 2
 
 
-def _epsilon_insensitive(r: Series, d: Series) -> Series:
-    a = _absolute(r)
-    return a - d if a.value > d.value else 0 * a
+@row(lambda r, d: d * d * (sqrt(1 + (r / d) ** 2) - 1), ulps=(3.0, 3.5, 4.0))
+def pseudo_huber(xp, a, d):
+    root = xp.sqrt(1 + (a / d) ** 2)
+    return a * a / (1 + root), a / root, root**-3.0
 
 
-def _geman_mcclure(r: Series, d: Series) -> Series:
-    return r * r / 2 / (1 + (r / d) ** 2)
+@row(lambda r, d: d * d * (abs(r) / d - log(1 + abs(r) / d)), ulps=(3.3, 1.6, 5.5))
+def fair(xp, a, d):
+    u = a / d
+    x = xp.minimum(u, 0.1)
+    near = sum((-x) ** k / k for k in range(20, 1, -1))
+    return d * d * xp.where(u < 0.1, near, u - xp.log1p(u)), a / (1 + u), (1 + u) ** -2.0
 
 
-def _tukey(r: Series, d: Series) -> Series:
-    inside = abs(r.value) <= d.value
-    return d * d / 6 * (1 - (1 - (r / d) ** 2) ** 3 if inside else 1)
+@row(
+    lambda r, d: 0 * r if abs(r) <= d else abs(r) - d,
+    ulps=(0.5, 0.5, 0.5),
+    kinks=(1.0,),
+    degree=1,
+    unit=False,
+)
+def epsilon_insensitive(xp, a, d):
+    return xp.maximum(a - d, 0), xp.where(a > d, 1.0, 0.0), 0 * a
 
 
-def _andrews(r: Series, d: Series) -> Series:
-    return d * d * (1 - cos(r / d) if abs(r.value) < mp.pi * d.value else 2)
+@row(
+    lambda r, d: d * d / 2 * log(1 + (r / d) ** 2),
+    ulps=(4.5, 3.2, 6.5),
+    all_ulps=(4.5, 3.2, 7.1),
+)
+def cauchy(xp, a, d):
+    z = (a / d) ** 2
+    return d * (d / 2 * xp.log1p(z)), a / (1 + z), (1 - z) / (1 + z) ** 2, 0 * a, 1 / (1 + z)
 
 
-def _hampel(r: Series, d: Series) -> Series:
-    a, b, c = mpf("1.5"), mpf("3.5"), mpf(8)
-    u = _absolute(r) / d
-    if u.value <= a:
+@row(
+    lambda r, d: r * r / 2 / (1 + (r / d) ** 2),
+    ulps=(2.6, 3.4, 5.2),
+    all_ulps=(2.6, 3.4, 5.4),
+)
+def geman_mcclure(xp, a, d):
+    z = (a / d) ** 2
+    w = 1 / (1 + z)
+    return a * w * a / 2, a * w * w, (1 - 3 * z) * w * w * w, 0 * a, (1 + 3 * z) * w * w * w
+
+
+@row(lambda r, d: d * d / -2 * expm1(-((r / d) ** 2)), ulps=(3.8, 4.4, 7.8))
+def welsch(xp, a, d):
+    z = xp.minimum((a / d) ** 2, 1e3)
+    e = xp.exp(-z)  # which loses z ulps, little beside float32's
+    return d * (-d / 2 * xp.expm1(-z)), a * e, (1 - 2 * z) * e, 0 * a, (1 + 2 * z) * e
+
+
+@row(
+    lambda r, d: d * d / 6 * (1 - (1 - (r / d) ** 2) ** 3 if abs(r) <= d else 1),
+    ulps=(4.0, 4.7, 4.4),
+    kinks=(1.0,),
+)
+def tukey(xp, a, d):
+    x = xp.minimum(a, d)
+    z, q = (x / d) ** 2, (d - x) / d * (1 + x / d)
+    return x * (x * (3 - 3 * z + z * z) / 6), x * q * q, q * (1 - 5 * z), 0 * a, q * (1 + 5 * z)
+
+
+@row(
+    lambda r, d: d * d * (1 - cos(r / d) if abs(r) < mp.pi * d else 2),
+    ulps=(3.5, 2.4, 2.2),
+    kinks=(math.pi,),
+)
+def andrews(xp, a, d):
+    u = a / d
+    x, inside, near = xp.minimum(u, math.pi), u <= math.pi, u <= 3.2
+    slope, bend = d * xp.where(inside, xp.sin(x), 0), xp.where(inside, xp.cos(x), 0)
+    terms = d * xp.where(near & (u > 1.5), 1.0, 0.0), xp.where(near, 1.0, 0.0)
+    return 2 * (d * xp.sin(x / 2)) ** 2, slope, bend, *terms
+
+
+KNOTS = (1.5, 3.5, 8.0)
+
+
+def _hampel(r: Series, d: Series, knots: Sequence[Any] = KNOTS) -> Series:
+    a, b, c = map(mpf, knots)
+    u = abs(r) / d
+    if u <= a:
         return r * r / 2
-    if u.value <= b:
+    if u <= b:
         return d * d * a * (u - a / 2)
     top = d * d * (a * (b + c - a) / 2)
-    return top - d * d * (c - u) ** 2 * (a / (c - b) / 2) if u.value <= c else top
+    return top - d * d * (c - u) ** 2 * (a / (c - b) / 2) if u <= c else top
 
 
-def _talwar(r: Series, d: Series) -> Series:
-    return r * r / 2 if abs(r.value) <= d.value else d * d / 2
+@row(
+    _hampel,
+    ulps=(3.5, 1.5, 0.7),
+    kinks=KNOTS,
+    cases=({"knots": KNOTS}, {"knots": (2.0, 2.0, 2.75)}),
+    case_ulps=((3.5, 1.5, 0.7), (2.0, 0.6, 1.8)),
+)
+def hampel(xp, a, d, knots=KNOTS):
+    k, b, c = knots
+    x = xp.minimum(a / d, c)
+    top = k * ((b + c - k) / 2 - (c - x) ** 2 / (c - b) / 2)
+    value = xp.where(x <= k, x * x / 2, xp.where(x <= b, k * (x - k / 2), top))
+    slope = xp.where(x <= k, x, xp.where(x <= b, k, k * (c - x) / (c - b)))
+    falling = (a / d > b) & (a / d <= c)
+    bend = xp.where(x <= k, 1.0, xp.where(falling, -k / (c - b), 0.0))
+    terms = xp.where((a / d > b) & (a / d < 1.001 * c), k * c / (c - b), 0.0)
+    return d * (d * value), d * slope, bend, d * terms, 0 * a
+
+
+@row(
+    lambda r, d: r * r / 2 if abs(r) <= d else d * d / 2,
+    ulps=(0.5, 0.5, 0.5),
+    kinks=(1.0,),
+)
+def talwar(xp, a, d):
+    return xp.minimum(a, d) ** 2 / 2, xp.where(a <= d, a, 0), xp.where(a <= d, 1.0, 0.0)
+
+
+ROWS["quantile"] = replace(
+    absolute_error, parameters=("q",), side_factor=1, cases=({"q": 0.5}, {"q": 0.875})
+)
+ROWS["expectile"] = replace(
+    squared_error,
+    parameters=("q",),
+    side_factor=1,
+    cases=({"q": 0.25},),
+    ulps=(1.5, 0.5, 0.5),
+    unit=True,
+)
+ROWS["quantile_huber"] = replace(
+    huber, parameters=("q", "delta"), side_factor=2, cases=({"q": 0.875},), ulps=(1.8, 0.51, 0.5)
+)
 
 
 def _general(r: Series, alpha: Series, d: Series) -> Series:
@@ -214,12 +416,25 @@ def _general(r: Series, alpha: Series, d: Series) -> Series:
     return d * d * b * logarithm / 2 * expm1_ratio(alpha * logarithm / 2)
 
 
+@row(_general, parameters=("alpha", "delta"), cases=({"alpha": -1.5},), ulps=(5.0, 5.0, 8.0))
+def general(xp, a, alpha, d):
+    b = abs(alpha - 2)
+    z = (a / d) ** 2 / b
+    power = xp.exp((alpha / 2 - 1) * xp.log1p(z))
+    bend, terms = ((1 + times * z) * power / (1 + z) for times in (alpha - 1, abs(alpha - 1)))
+    value = d * (d * (b / alpha) * xp.expm1(alpha / 2 * xp.log1p(z)))
+    return value, a * power, bend, 0 * a, terms
+
+
+# The likelihoods, which are not 0 at 0. `tests/test_adaptive.py` integrates them.
+
+
 def _gaussian(r: Series, s: Series) -> Series:
     return (r / s) ** 2 / 2 + log(s) + mp.log(2 * mp.pi) / 2
 
 
 def _laplace(r: Series, s: Series) -> Series:
-    return _absolute(r) / s + log(2 * s)
+    return abs(r) / s + log(2 * s)
 
 
 def _student_t(r: Series, df: Series, s: Series) -> Series:
@@ -269,50 +484,23 @@ def _log_partition(alpha: mpf) -> list[mpf]:
         return log(total).coefficients
 
 
-FORMULAS: dict[str, tuple[Callable[..., Series], tuple[str, ...]]] = {
-    "squared_error": (lambda r: r * r, ()),
-    "absolute_error": (_absolute, ()),
-    "huber": (_huber, ("delta",)),
-    "log_cosh": (_log_cosh, ("delta",)),
-    "pseudo_huber": (lambda r, d: d * d * (sqrt(1 + (r / d) ** 2) - 1), ("delta",)),
-    "fair": (_fair, ("delta",)),
-    "epsilon_insensitive": (_epsilon_insensitive, ("delta",)),
-    "cauchy": (lambda r, d: d * d / 2 * log(1 + (r / d) ** 2), ("delta",)),
-    "geman_mcclure": (_geman_mcclure, ("delta",)),
-    "welsch": (lambda r, d: d * d / -2 * expm1(-((r / d) ** 2)), ("delta",)),
-    "tukey": (_tukey, ("delta",)),
-    "andrews": (_andrews, ("delta",)),
-    "hampel": (_hampel, ("delta",)),
-    "talwar": (_talwar, ("delta",)),
-    "quantile": (lambda r, q: _side(r, q) * _absolute(r), ("q",)),
-    "expectile": (lambda r, q: _side(r, q) * r * r, ("q",)),
-    "quantile_huber": (lambda r, q, d: 2 * _side(r, q) * _huber(r, d), ("q", "delta")),
-    "general": (_general, ("alpha", "delta")),
-    "gaussian_nll": (_gaussian, ("scale",)),
-    "laplace_nll": (_laplace, ("scale",)),
-    "student_t_nll": (_student_t, ("df", "scale")),
-    "general_nll": (_general_nll, ("alpha", "scale")),
-}
-"""The formula of each loss in `rl.LOSSES`, and the parameters that follow the residual."""
-
-KINKS = {
-    "huber": (1.0,),
-    "epsilon_insensitive": (1.0,),
-    "quantile_huber": (1.0,),
-    "talwar": (1.0,),
-    "tukey": (1.0,),
-    "hampel": (1.5, 3.5, 8.0),
-    "andrews": (math.pi,),
-}
-"""The values of |r| / delta at which a first or second derivative jumps."""
+ROWS["gaussian_nll"] = Row(_gaussian, parameters=("scale",))
+ROWS["laplace_nll"] = Row(_laplace, parameters=("scale",))
+ROWS["student_t_nll"] = Row(_student_t, parameters=("df", "scale"), cases=({"df": 3.0},))
+ROWS["general_nll"] = Row(
+    _general_nll,
+    parameters=("alpha", "scale"),
+    cases=({"alpha": 1.25},),
+    # Few, as each has an integral of its own.
+    choices={"alpha": (0, 1e-6, 1e-3, 0.1, 0.5, 0.75, 1, 1.25, 1.5, 1.9, 1.99, 1.9999)},
+)
 
 
 def derivatives(name: str, *point: float) -> dict[tuple[int, ...], tuple[mpf, mpf]]:
     """By arguments: each first and second derivative, and r times its own derivative in r."""
-    formula, _ = FORMULAS[name]
     with mp.workdps(DIGITS):
         numbers = [mpf(x) for x in point]
-        series = formula(*variables(*numbers))
+        series = ROWS[name].formula(*variables(*numbers))
         found = {}
         for order in (1, 2):
             for arguments in itertools.combinations_with_replacement(range(len(point)), order):

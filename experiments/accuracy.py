@@ -42,27 +42,11 @@ from experiments import (
 )
 from experiments._derivatives import DerivativeError, find_worst_error
 from experiments._losses import EXAMPLES, fix_parameters, set_delta
+from experiments._truth import ROWS
 
 VIEWS = ("value", "slope", "curvature")
 LIMITS = {  # the largest errors that this library promises, in ulp of float32
-    "squared_error": (0.5, 0.5, 0.5),
-    "absolute_error": (0.5, 0.5, 0.5),
-    "huber": (1.6, 0.51, 0.51),
-    "log_cosh": (3.0, 2.2, 5.0),
-    "pseudo_huber": (3.0, 3.5, 4.0),
-    "fair": (3.3, 1.6, 5.5),
-    "epsilon_insensitive": (0.51, 0.5, 0.5),
-    "cauchy": (4.5, 3.2, 7.1),
-    "geman_mcclure": (2.6, 3.4, 5.4),
-    "welsch": (3.8, 4.4, 7.8),
-    "tukey": (4.0, 4.7, 4.4),
-    "andrews": (3.5, 2.4, 2.2),
-    "hampel": (3.5, 1.5, 0.7),
-    "talwar": (0.51, 0.5, 0.5),
-    "quantile": (0.51, 0.5, 0.5),
-    "expectile": (1.5, 0.51, 0.5),
-    "quantile_huber": (1.8, 0.51, 0.5),
-    "general": (5.0, 5.0, 8.0),
+    name: row.all_ulps or row.ulps for name, row in ROWS.items() if row.ulps
 }
 HALF_LIMIT = 0.51
 DERIVATIVES_LIMIT = 10
@@ -173,11 +157,10 @@ def _measure_derivatives(name: str, config: Config) -> dict[str, Any]:
 
 
 def check(result: Result) -> None:
-    """Every loss of this library has limits, a profile and derivatives, and keeps its limits."""
+    """Every loss of this library has limits and derivatives, and keeps its limits."""
     measured = {name for name in rl.LOSSES if fix_parameters(name)(0.0) == 0}  # not the likelihoods
-    for table, names in (("LIMITS", set(LIMITS)), ("PROFILES", set(PROFILES))):
-        missing = ", ".join(sorted(measured - names))
-        require(not missing, f"{table} of experiments/accuracy.py has no row for {missing}")
+    missing = ", ".join(sorted(measured - set(LIMITS)))
+    require(not missing, f"experiments/_truth.py has no row with limits for {missing}")
     missing = ", ".join(sorted(set(rl.LOSSES) - set(result.derivatives)))
     require(not missing, f"no derivatives of {missing} were measured")
     for name, limits in LIMITS.items():
@@ -232,128 +215,10 @@ def folder(config: Config) -> Path:
 
 def _build_truth(name: str, delta: float) -> Callable[[Array], tuple[Array, ...]]:
     """The textbook in float64: value, slope, curvature, and the terms of slope and curvature."""
-    d = float(np.float32(delta))
-    profile = PROFILES[name]
-
-    def truth(r: Array) -> tuple[Array, ...]:
-        u = jnp.abs(r) / d
-        f, f1, f2, *terms = profile(u)
-        terms1, terms2 = terms or (0 * u, 0 * u)
-        side = jnp.where(r > 0, 1 - Q, jnp.where(r < 0, Q, 0.5))
-        times = {"quantile": side, "expectile": 2 * side, "quantile_huber": 2 * side}
-        w = times.get(name, 1.0)
-        p = 1 if name in ("absolute_error", "quantile", "epsilon_insensitive") else 2
-        units = d**p * w, d ** (p - 1) * w, d ** (p - 2) * w
-        scaled = units[0] * f, units[1] * jnp.sign(r) * f1, units[2] * f2
-        return *scaled, units[1] * terms1, units[2] * terms2
-
-    return truth
-
-
-Q = EXAMPLES["quantile"]["q"]
-
-
-def _huber(u: Array) -> tuple[Array, ...]:
-    near = u <= 1
-    return jnp.where(near, u * u / 2, u - 0.5), jnp.minimum(u, 1), jnp.where(near, 1.0, 0.0)
-
-
-def _log_cosh(u: Array) -> tuple[Array, ...]:
-    s, tail = jnp.expm1(-jnp.minimum(u, 5)), jnp.exp(-2 * u)
-    near = jnp.log1p(s * s / (2 * (1 + s)))  # cosh u - 1 = expm1(-u)^2 e^u / 2
-    value = jnp.where(u < 5, near, u - jnp.log(2) + jnp.log1p(tail))
-    slope = jnp.where(u < 1, jnp.tanh(u), (1 - tail) / (1 + tail))
-    return value, slope, 4 * tail / (1 + tail) ** 2
-
-
-def _pseudo_huber(u: Array) -> tuple[Array, ...]:
-    root = jnp.sqrt(1 + u * u)
-    return u * u / (1 + root), u / root, root**-3.0
-
-
-def _fair(u: Array) -> tuple[Array, ...]:
-    x = jnp.minimum(u, 0.1)
-    near = sum((-x) ** k / k for k in range(14, 1, -1))
-    return jnp.where(u < 0.1, near, u - jnp.log1p(u)), u / (1 + u), (1 + u) ** -2.0
-
-
-def _cauchy(u: Array) -> tuple[Array, ...]:
-    w = 1 / (1 + u * u)
-    return jnp.log1p(u * u) / 2, u * w, (1 - u * u) * w * w, 0 * u, w
-
-
-def _geman_mcclure(u: Array) -> tuple[Array, ...]:
-    z, w = u * u, 1 / (1 + u * u)
-    return z * w / 2, u * w * w, (1 - 3 * z) * w * w * w, 0 * u, (1 + 3 * z) * w * w * w
-
-
-def _welsch(u: Array) -> tuple[Array, ...]:
-    z = jnp.minimum(u * u, 1e3)
-    e = jnp.exp(-z)
-    return -jnp.expm1(-z) / 2, u * e, (1 - 2 * z) * e, 0 * u, (1 + 2 * z) * e
-
-
-def _tukey(u: Array) -> tuple[Array, ...]:
-    x = jnp.minimum(u, 1)
-    z, q = x * x, (1 - x) * (1 + x)
-    return z * (3 - 3 * z + z * z) / 6, x * q * q, q * (1 - 5 * z), 0 * u, q * (1 + 5 * z)
-
-
-def _andrews(u: Array) -> tuple[Array, ...]:
-    x, inside = jnp.minimum(u, jnp.pi), u <= jnp.pi
-    terms = jnp.where(u > 1.5, 1.0, 0.0)
-    slope, bend = jnp.where(inside, jnp.sin(x), 0), jnp.where(inside, jnp.cos(x), 0)
-    return 2 * jnp.sin(x / 2) ** 2, slope, bend, terms, 1 + 0 * u
-
-
-def _hampel(u: Array) -> tuple[Array, ...]:
-    a, b, c = 1.5, 3.5, 8.0
-    x = jnp.minimum(u, c)
-    fall = jnp.where(x > b, (c - x) / (c - b), 1.0)
-    bent = a * (jnp.minimum(x, b) - a / 2 + (c - b) / 2 * (1 - fall**2))
-    bend = jnp.where(u <= a, 1.0, jnp.where((u > b) & (u <= c), -a / (c - b), 0.0))
-    terms = jnp.where((u > b) & (u < 1.001 * c), a * c / (c - b), 0.0)
-    return jnp.where(x <= a, x * x / 2, bent), jnp.minimum(x, a) * fall, bend, terms, 0 * u
-
-
-def _talwar(u: Array) -> tuple[Array, ...]:
-    inside = jnp.where(u <= 1, 1.0, 0.0)
-    return jnp.minimum(u, 1) ** 2 / 2, jnp.where(u <= 1, u, 0), inside
-
-
-def _general(u: Array) -> tuple[Array, ...]:
-    alpha = EXAMPLES["general"]["alpha"]
-    b, z = abs(alpha - 2), u * u / abs(alpha - 2)
-    power = (1 + z) ** (alpha / 2 - 1)
-    bend, terms = ((1 + times * z) * power / (1 + z) for times in (alpha - 1, abs(alpha - 1)))
-    return b / alpha * jnp.expm1(alpha / 2 * jnp.log1p(z)), u * power, bend, 0 * u, terms
-
-
-PROFILES: dict[str, Callable[[Array], tuple[Array, ...]]] = {
-    "squared_error": lambda u: (u * u, 2 * u, 2 + 0 * u),
-    "absolute_error": lambda u: (u, jnp.sign(u), 0 * u),
-    "quantile": lambda u: (u, jnp.sign(u), 0 * u),
-    "expectile": lambda u: (u * u / 2, u, 1 + 0 * u),
-    "epsilon_insensitive": lambda u: (
-        jnp.maximum(u - 1, 0),
-        jnp.where(u > 1, 1.0, 0.0),
-        0 * u,
-    ),
-    "huber": _huber,
-    "quantile_huber": _huber,
-    "log_cosh": _log_cosh,
-    "pseudo_huber": _pseudo_huber,
-    "fair": _fair,
-    "cauchy": _cauchy,
-    "geman_mcclure": _geman_mcclure,
-    "welsch": _welsch,
-    "tukey": _tukey,
-    "andrews": _andrews,
-    "hampel": _hampel,
-    "talwar": _talwar,
-    "general": _general,
-}
-"""f, f' and f'' at u >= 0, and the terms of f' and f'' if they pass through 0 at u > 0."""
+    row = ROWS[name]
+    given = {"delta": float(np.float32(delta)), **EXAMPLES.get(name, {})}
+    parameters = [given[parameter] for parameter in row.parameters]
+    return lambda r: row.in_float64(jnp, r, *parameters)
 
 
 def _list_views(loss: Callable[..., Array]) -> list[Callable[[Array], Array]]:

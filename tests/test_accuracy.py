@@ -115,9 +115,9 @@ def sample(delta: float, many: int = 1 << 15) -> np.ndarray:
 def test_every_loss_has_a_witness():
     seen = {witness.loss for witness in TRUTH.values()} | set(LIKELIHOODS)
     for name in rl.LOSSES:
-        assert name in seen, f"loss {name} has no witness in tests/witnesses.py"
+        assert name in seen, f"loss {name} has no row in experiments/_truth.py"
     for name in seen:
-        assert name in rl.LOSSES, f"witness {name} in tests/witnesses.py has no loss"
+        assert name in rl.LOSSES, f"row {name} in experiments/_truth.py has no loss"
 
 
 @pytest.mark.parametrize(("name", "delta"), SOME)

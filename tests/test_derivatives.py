@@ -210,12 +210,12 @@ def test_first_and_second_derivatives_in_ulps_at_many_points(name, dtype):
 def test_the_measure_of_derivatives_measures():
     """The series give what differences do, and an error of an ulp counts as one."""
     for name in ("cauchy", "student_t_nll", "general_nll", "hampel"):
-        point = (0.7, *(0.6,) * len(_truth.FORMULAS[name][1]))
+        point = (0.7, *(0.6,) * len(_truth.ROWS[name].parameters))
         for of, (value, change) in _truth.derivatives(name, *point).items():
             orders = [of.count(k) for k in range(len(point))]
 
             def f(*x, name=name):
-                return _truth.FORMULAS[name][0](*_truth.variables(*x)).value
+                return _truth.ROWS[name].formula(*_truth.variables(*x)).value
 
             with mp.workdps(60):
                 numeric = mp.diff(f, point, tuple(orders), h=mpf("1e-10"))
@@ -238,7 +238,7 @@ def test_third_derivatives_in_ulps(name):
         got = jax.jit(jax.vmap(jax.grad(jax.grad(jax.grad(of_two(name))))))(*point)
     for g, r, d in zip(np.asarray(got), *point, strict=True):
         with mp.workdps(_truth.DIGITS):
-            at = _truth.FORMULAS[name][0](*_truth.variables(mpf(r), mpf(d)))
+            at = _truth.ROWS[name].formula(*_truth.variables(mpf(r), mpf(d)))
             third = at.derivative((3, 0))
         assert _derivatives.off_by(float(g), third, 2 * third, np.float64) < 12, (r, d)
 
@@ -246,7 +246,7 @@ def test_third_derivatives_in_ulps(name):
 @pytest.mark.parametrize("name", rl.LOSSES)
 def test_nan_and_infinite_residuals_at_every_order(name):
     """NaN in the value and in every derivative that depends on r; at infinity, the limits."""
-    _, parameters = _truth.FORMULAS[name]
+    parameters = _truth.ROWS[name].parameters
     point = [{"q": 0.25, "df": 3.0, "alpha": 1.25}.get(p, 1.5) for p in parameters]
     r = jnp.array([NAN, INF, -INF])
     at = [r, *(jnp.full(3, p) for p in point)]

@@ -216,21 +216,19 @@ def test_a_wrong_constant_fails_the_gallery():
 LIKELIHOODS = {"gaussian_nll", "laplace_nll", "student_t_nll", "general_nll"}
 
 
-def test_every_loss_but_the_likelihoods_has_a_profile_and_limits_in_accuracy():
+def test_every_loss_but_the_likelihoods_has_limits_in_accuracy():
     from experiments import accuracy
 
     expected = set(rl.LOSSES) - LIKELIHOODS  # whose value at 0 depends on the scale
-    assert set(accuracy.PROFILES) == expected
     assert set(accuracy.LIMITS) == expected
     assert all(len(limits) == len(accuracy.VIEWS) for limits in accuracy.LIMITS.values())
 
 
-@pytest.mark.parametrize("table", ["PROFILES", "LIMITS"])
-def test_accuracy_refuses_a_loss_without_a_row(table, monkeypatch):
+def test_accuracy_refuses_a_loss_without_a_row(monkeypatch):
     from experiments import accuracy
 
-    monkeypatch.delitem(getattr(accuracy, table), "tukey")
-    with pytest.raises(FindingError, match=f"{table} .* has no row for tukey"):
+    monkeypatch.delitem(accuracy.LIMITS, "tukey")
+    with pytest.raises(FindingError, match="has no row with limits for tukey"):
         accuracy.check(accuracy.Result(0, {}, {}, {}))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -11,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from mpmath import erf, erfc, gamma, mpf, npdf, pi, quad, quadgl, sqrt
-from witnesses import mp  # at 50 digits
+from witnesses import mp, psi  # at 50 digits
 
 import robustloss as rl
+from experiments._truth import ROWS
 from robustloss import tuning
 from robustloss.tuning import breakdown, efficiency, gross_error_sensitivity, tune
 
@@ -115,26 +117,15 @@ EVERY += [
     for f in OURS
 ]
 EXTRA = {"general": {"alpha": 1.5}, "quantile_huber": {"q": 0.5}}
-KNOTS = mpf("1.5"), mpf("3.5"), mpf(8)
 
 # psi(u) for delta = 1 and u >= 0, and where it has kinks.
 PSI: dict[str, tuple[Callable[[mpf], mpf], list[mpf]]] = {
-    "cauchy": (lambda u: u / (1 + u**2), []),
-    "geman_mcclure": (lambda u: u / (1 + u**2) ** 2, []),
-    "welsch": (lambda u: u * mp.exp(-(u**2)), []),
-    "tukey": (lambda u: u * (1 - u**2) ** 2 if u < 1 else mpf(0), [1]),
-    "andrews": (lambda u: mp.sin(u) if u < pi else mpf(0), [pi]),
-    "talwar": (lambda u: u if u < 1 else mpf(0), [1]),
-    "hampel": (
-        lambda u: min(u, KNOTS[0], max(KNOTS[0] * (KNOTS[2] - u) / (KNOTS[2] - KNOTS[1]), 0)),
-        list(KNOTS),
-    ),
-    "huber": (lambda u: min(u, mpf(1)), [1]),
-    "pseudo_huber": (lambda u: u / sqrt(1 + u**2), []),
-    "log_cosh": (mp.tanh, []),
-    "fair": (lambda u: u / (1 + u), []),
-    "general": (lambda u: u * (2 * u**2 + 1) ** mpf("-0.25"), []),
-    "quantile_huber": (lambda u: min(u, mpf(1)), [1]),
+    name: (
+        partial(psi, name, **{k: mpf(x) for k, x in EXTRA.get(name, {}).items()}),
+        [pi if k == math.pi else mpf(k) for k in row.kinks],
+    )
+    for name, row in ROWS.items()
+    if row.unit and "delta" in row.parameters
 }
 
 # At 95 % efficiency, and at breakdown 50 %: shared reference data and the field's books, to
