@@ -142,7 +142,8 @@ class Mpmath:
     """The functions of NumPy that the rows use, for one number of any precision."""
 
     abs, sign, exp, expm1, log1p = abs, mp.sign, mp.exp, mp.expm1, mp.log1p
-    sqrt, tanh, sin, cos, minimum, maximum = mp.sqrt, mp.tanh, mp.sin, mp.cos, min, max
+    log, sqrt, minimum, maximum = mp.log, mp.sqrt, min, max
+    sin, cos, arctan, sinh, cosh, tanh = mp.sin, mp.cos, mp.atan, mp.sinh, mp.cosh, mp.tanh
 
     @staticmethod
     def where(condition: bool, x: mpf, y: mpf) -> mpf:
