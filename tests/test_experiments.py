@@ -143,7 +143,13 @@ def test_all_writes_a_report_and_does_nothing_twice(tmp_path, monkeypatch, capsy
     assert (tmp_path / "report" / "report.md").read_text() == report
 
 
-@pytest.mark.parametrize("name", ["phones", "siegel", "hbk", "california"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "phones",
+        *(pytest.param(n, marks=pytest.mark.thorough) for n in ("siegel", "hbk", "california")),
+    ],
+)
 def test_compare_is_huber_as_statsmodels_fits_it(name):
     exact = name == "phones"
     result = compare.run(compare.Config(data=name, losses=("mae", "huber"), exact=exact))

@@ -557,7 +557,10 @@ def two_layers(params, x):
     return jnp.tanh(x[:, None] * params["first"]) @ params["second"]
 
 
-@pytest.mark.parametrize("optimizer", [SGD, LBFGS, optax.adam(0.1)])
+@pytest.mark.parametrize(
+    "optimizer",
+    [SGD, *(pytest.param(o, marks=pytest.mark.thorough) for o in (LBFGS, optax.adam(0.1)))],
+)
 def test_a_gradient_of_zero_is_no_proof(optimizer):
     X, y = line()
     far = rl.fit(rl.tukey, plane, jnp.full(2, 1e3), X, y, optimizer=optimizer, steps=99)

@@ -201,6 +201,7 @@ def test_ten_thousand_hostile_sets(way):
     assert len(shown) <= 0.01 * len(sound), f"{len(shown)} of {len(sound)}:\n" + "\n".join(shown)
 
 
+@pytest.mark.thorough
 def test_a_batch_is_its_fits_one_by_one():
     """vmap, rows dropped by the mask that hold NaN, and the plain call give one answer."""
     cell = Cell(HUBER, 12, 2, True, False, np.float64)
@@ -607,7 +608,7 @@ def test_a_traced_negative_weight_shows(x64, way):
     assert np.all(np.isnan(found.coefficients))
 
 
-@pytest.mark.parametrize("bad", [NAN, INF])
+@pytest.mark.parametrize("bad", [NAN, *thorough(INF)])
 @pytest.mark.parametrize("where", ["y", "X"])
 @each
 def test_a_weight_of_0_hides_nothing(x64, way, bad, where):
@@ -665,6 +666,7 @@ def test_the_method_does_not_depend_on_units(x64, loss):
     np.testing.assert_allclose(slopes, slopes[0], rtol=1e-6)
 
 
+@pytest.mark.thorough
 def test_cauchy_is_fitted_by_mm_whatever_its_delta(x64):
     """A million is not far for a delta of 1,000, but the law of a loss is not one of numbers."""
     stars = load("starsCYG")
@@ -724,6 +726,7 @@ def test_digits_of_nist(x64, name):
         )
 
 
+@pytest.mark.thorough
 def test_targets_are_the_last_axis(x64):
     """For y of shape (rows, targets), each field is that of one target in its last place."""
     of = made("outliers", 4, 24, 2, full=True)

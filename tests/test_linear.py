@@ -423,6 +423,7 @@ def test_many_rows(x64, n):
     assert np.max(np.abs(off)) < 1e-11 * found.scale
 
 
+@pytest.mark.thorough
 def test_mm_of_many_rows(x64):
     """Subsets of groups of the rows; the S scale is no larger than the truth has it."""
     n = 3000
@@ -440,7 +441,8 @@ def test_mm_of_many_rows(x64):
 @pytest.mark.parametrize("weighed", [True, pytest.param(False, marks=pytest.mark.thorough)])
 def test_quantiles_of_many_rows(x64, weighed):
     """The rows that are met carry what the others pull, none more than it may."""
-    for rows, q in (("leverage", 0.2), ("everywhere", 0.5), ("heavy", 0.999)):
+    kinds = (("everywhere", 0.5),) if weighed else (("leverage", 0.2), ("heavy", 0.999))
+    for rows, q in kinds:
         check_dual_of_many_rows(rows, q, weighed)
 
 
@@ -597,6 +599,7 @@ def test_quantiles_are_linear_programmes(x64):
         np.testing.assert_allclose(objective, programme.fun, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.thorough
 def test_unique_where_linear_programmes_are(x64):
     """Of integers, where many rows are met at once: the range of a direction over all optima."""
     random = np.random.default_rng(0)
@@ -674,7 +677,7 @@ def test_dropped_rows_are_not_there(x64):
     y = X.sum(1) + random.normal(size=7)
     alone = rl.fit_linear(X, y, rl.tukey)
     assert alone.converged
-    for dropped in (1, 2, 6, 13, 60):
+    for dropped in (2, 60):
         padded = np.r_[X, np.full((dropped, 2), np.nan)], np.r_[y, np.full(dropped, np.nan)]
         found = rl.fit_linear(*padded, rl.tukey, where=np.arange(7 + dropped) < 7)
         assert found.converged
@@ -762,6 +765,11 @@ def test_a_loss_is_judged_relative_to_its_delta(x64):
         found = rl.fit_linear(stars.X, unit * stars.y, partial(rl.tukey, delta=2.0 * unit))
         assert found.converged
         np.testing.assert_allclose(found.coefficients[0] / unit, 2.33, atol=0.005)
+
+
+@pytest.mark.thorough
+def test_a_redescending_loss_with_a_large_delta_is_fitted_by_mm(x64):
+    stars = load("starsCYG")
     far = rl.fit_linear(stars.X, stars.y, partial(rl.cauchy, delta=1e3))
     mm = rl.fit_linear(stars.X, stars.y, partial(rl.cauchy, delta=1e3), method="mm")
     np.testing.assert_array_equal(far.coefficients, mm.coefficients)
@@ -780,7 +788,7 @@ def test_a_scale_below_rounding_is_not_verified(x64):
 def test_columns_and_targets_in_any_units():
     """Squares of 1e18 leave float32, those of 1e154 float64: coefficients and errors do not."""
     X, y = sample()
-    for loss in KINDS.values():
+    for loss in (rl.huber, partial(rl.quantile, q=0.3)):  # "mm" is in the hostile sets
         found = rl.fit_linear(X.astype("f4"), y.astype("f4"), loss)
         for unit in (1e18, 1e-18):
             other = rl.fit_linear((unit * X).astype("f4"), y.astype("f4"), loss)
@@ -839,7 +847,7 @@ def test_a_loss_of_ones_own_with_a_required_delta(x64):
     assert "\n2 " in want.summary(range(3))
 
 
-@pytest.mark.parametrize("method", KINDS)
+@each
 def test_settings_that_forbid_promotion(method):
     X, y = (a.astype("f4") for a in sample())
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
@@ -848,6 +856,7 @@ def test_settings_that_forbid_promotion(method):
         assert found.predict(X).shape == found.flagged().shape == (60,)
 
 
+@pytest.mark.thorough
 def test_variances_of_an_mm_estimate_are_positive(x64):
     """Of few rows, the corrections for the scale can outweigh the rest of the sandwich."""
     random = np.random.default_rng(1)
