@@ -63,6 +63,11 @@ _FEW_STEPS = 8
 # Scales: the first Newton step of a loss with several minima is at most this long, because a
 # longer one could lead to another minimum than the nearest.
 _NEWTON_STEP = 0.1
+# Newton's steps shrink by more than this factor where the quadratic model holds; steps that stay of
+# one size to a tenth are taken for a cycle. Either makes the trusted size smaller.
+_FAST_STEP = 0.5
+_CYCLING_STEP = 0.9
+_CUT = 0.1
 
 
 def least_squares(problem: Problem, *, clipped: bool = False) -> Array:
@@ -268,6 +273,36 @@ class _Move(NamedTuple):
     followed: Array
 
 
+def _proposed_step(
+    problem: Problem,
+    estimate_scale: EstimateScale,
+    at: _State,
+    first: Array,
+    guess: Array,
+    joint: bool,
+) -> _Move:
+    """The step that the equations ask for. The first one is 0, for a scale near `guess`."""
+    moves = solve(at.equations.normal, at.equations.right)
+    step = moves[:, 0]
+    size = jnp.where(first, guess, jnp.max(jnp.abs(step)))
+    if not joint:
+        moved = problem.coefficients(step)
+        r, change = two_predictions(problem, at.c - moved, moved)
+        r = r - problem.y
+        s = estimate_scale(problem, r, at.s, size)
+        return _Move(at.c - moved, r, s, -change, size, jnp.asarray(False))
+    by_scale = moves[:, 1]
+    c, c_by_scale = at.c - problem.coefficients(step), problem.coefficients(by_scale)
+    r, v = two_predictions(problem, c, c_by_scale)
+    r = r - problem.y
+    regular = jnp.max(jnp.abs(by_scale)) <= _STEEPEST
+    follow = at.newton & regular & (size <= at.follow_limit * at.s)
+    t, s = _follow_scale(partial(estimate_scale, problem), at.s, r, v, size, follow)
+    r = jnp.where(t == 0, r, r - t * v)
+    size = jnp.max(jnp.abs(step + t * by_scale))
+    return _Move(c - t * c_by_scale, r, s, r - at.r, size, t != 0)
+
+
 def _acceptable(problem: Problem, loss: LossAtScale, at: _State, new: _Move) -> Array:
     """Whether to take a step: any of reweighting, and Newton's if the objective does not rise."""
     rise, rounding = _objective_change(problem, loss(at.s), at.r, new.r, new.change)
@@ -275,6 +310,19 @@ def _acceptable(problem: Problem, loss: LossAtScale, at: _State, new: _Move) -> 
     curved = jnp.diagonal(at.equations.normal) > 0
     regular = jnp.all(curved | dependent_columns(problem))
     return ~at.newton | (regular & (new.followed | (rise <= rounding)))
+
+
+def _limits(at: _State, new: _Move, accepted: Array, size: Array) -> tuple[Array, Array]:
+    """The sizes up to which Newton's steps, and steps that follow the scale, are trusted next.
+
+    From afar, Newton's steps for a loss with several minima could lead from the nearest to another
+    minimum. Where the curvature jumps, they could go round in circles.
+    """
+    slow = ~(accepted & (size <= _FAST_STEP * at.step_size))
+    distrusted = at.newton & ~new.followed & slow & (at.newton_limit < jnp.inf)
+    newton_limit = jnp.where(distrusted, _CUT * at.newton_limit, at.newton_limit)
+    cycling = at.followed & (size > _CYCLING_STEP * at.step_size)
+    return newton_limit, at.follow_limit * jnp.where(cycling, _CUT, jnp.where(slow, 1, 4))
 
 
 def m_estimate(
@@ -299,42 +347,14 @@ def m_estimate(
     tolerance = jnp.finfo(dtype).eps ** _SMALL
     guess = problem.y_size if s is None else s
 
-    def move(at: _State, first: Array) -> _Move:
-        """The step that the equations ask for."""
-        moves = solve(at.equations.normal, at.equations.right)
-        step = moves[:, 0]
-        size = jnp.where(first, guess, jnp.max(jnp.abs(step)))
-        if not joint:
-            moved = problem.coefficients(step)
-            r, change = two_predictions(problem, at.c - moved, moved)
-            r = r - problem.y
-            s = estimate_scale(problem, r, at.s, size)
-            return _Move(at.c - moved, r, s, -change, size, jnp.asarray(False))
-        by_scale = moves[:, 1]
-        c, c_by_scale = at.c - problem.coefficients(step), problem.coefficients(by_scale)
-        r, v = two_predictions(problem, c, c_by_scale)
-        r = r - problem.y
-        regular = jnp.max(jnp.abs(by_scale)) <= _STEEPEST
-        follow = at.newton & regular & (size <= at.follow_limit * at.s)
-        t, s = _follow_scale(partial(estimate_scale, problem), at.s, r, v, size, follow)
-        r = jnp.where(t == 0, r, r - t * v)
-        size = jnp.max(jnp.abs(step + t * by_scale))
-        return _Move(c - t * c_by_scale, r, s, r - at.r, size, t != 0)
-
     # The first step moves nothing: it computes the residuals, their scale and the equations, which
     # the program would else contain twice.
     def iterate(at: _State) -> _State:
         first = at.steps < 0
-        new = move(at, first)
+        new = _proposed_step(problem, estimate_scale, at, first, guess, joint)
         accepted = _acceptable(problem, loss, at, new)
         size = jnp.where(first, jnp.inf, new.size)
-        # From afar, Newton's steps for a loss with several minima could lead from the nearest to
-        # another minimum. Where the curvature jumps, they could go round in circles.
-        slow = ~(accepted & (size <= 0.5 * at.step_size))
-        astray = at.newton & ~new.followed & slow & (at.newton_limit < jnp.inf)
-        newton_limit = jnp.where(astray, 0.1 * at.newton_limit, at.newton_limit)
-        cycling = at.followed & (size > 0.9 * at.step_size)
-        follow_limit = at.follow_limit * jnp.where(cycling, 0.1, jnp.where(slow, 1, 4))
+        newton_limit, follow_limit = _limits(at, new, accepted, size)
         # The distance left is about the square of a Newton step, and a part of another step.
         short = jnp.where(at.newton, tolerance**0.5, tolerance) * new.s
         same_scale = jnp.abs(new.s - at.s) <= tolerance * new.s
