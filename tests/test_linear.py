@@ -685,6 +685,18 @@ def test_dropped_rows_are_not_there(x64):
         np.testing.assert_allclose(found.scale, alone.scale, rtol=1e-9)
 
 
+@pytest.mark.parametrize("dropped", [0, 5])
+def test_as_many_rows_off_the_fit_as_the_breakdown_point_allows(dropped):
+    """Two of seven, with three coefficients: the S-scale is 0, however shares are rounded."""
+    X = np.array([[1.5, 1.5], [-1, 0], [-1.5, 0], [1.5, -1], [1.5, 0], [0.5, -1], [0.5, 0.5]], "f4")
+    y = np.array([-4, 2, 3, 1, -1, 2, -1], "f4")
+    X, y = np.r_[X, np.zeros((dropped, 2), "f4")], np.r_[y, np.zeros(dropped, "f4")]
+    found = rl.fit_linear(X, y, rl.tukey, where=np.arange(7 + dropped) < 7)
+    assert found.converged
+    assert found.scale == 0
+    np.testing.assert_allclose([found.intercept, *found.coefficients], [0.5, -1, -2], rtol=1e-6)
+
+
 def test_the_equations_of_small_integer_data_hold(x64):
     """Sets of five rows whose matrix of curvatures is nearly singular: one used to end at 2.04."""
     X = np.array([[-6, 0], [-7, 2], [-1, 3], [7, 4], [-8, -6]], float)
