@@ -216,10 +216,11 @@ def vertex(of: Problem, at: Evidence, q: float, claimed: np.ndarray) -> Vertex:
     if not m:
         return Vertex(-np.inf if np.any(pull) else 0.0, k == 0)
     full = bool(np.linalg.matrix_rank(Q[met].astype(float), tol=1e-9) == k)
-    A, right = A * room / unit[:, None], right / unit
     if m == k and full:
-        z = np.linalg.solve(A, right)
-        return Vertex(1 - float(np.max(np.abs(z))), full)
+        # Weights of a long range stay out of the matrix, where they would cost all digits.
+        slopes = np.linalg.solve(Q[met].T.astype(float), -pull) / of.w[met].astype(float)
+        return Vertex(1 - float(np.max(np.abs(slopes - center))) / room, full)
+    A, right = A * room / unit[:, None], right / unit
     cost = np.r_[np.zeros(m), 1.0]  # minimise the largest |z|
     eye, ones = np.eye(m), np.ones((m, 1))
     done = linprog(
