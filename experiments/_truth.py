@@ -285,6 +285,7 @@ def fair(xp, a, d):
 @row(
     lambda r, d: 0 * r if abs(r) <= d else abs(r) - d,
     ulps=(0.5, 0.5, 0.5),
+    all_ulps=(0.51, 0.5, 0.5),
     kinks=(1.0,),
     degree=1,
     unit=False,
@@ -381,6 +382,7 @@ def hampel(xp, a, d, knots=KNOTS):
 @row(
     lambda r, d: r * r / 2 if abs(r) <= d else d * d / 2,
     ulps=(0.5, 0.5, 0.5),
+    all_ulps=(0.51, 0.5, 0.5),
     kinks=(1.0,),
 )
 def talwar(xp, a, d):
@@ -388,7 +390,11 @@ def talwar(xp, a, d):
 
 
 ROWS["quantile"] = replace(
-    absolute_error, parameters=("q",), side_factor=1, cases=({"q": 0.5}, {"q": 0.875})
+    absolute_error,
+    parameters=("q",),
+    side_factor=1,
+    cases=({"q": 0.5}, {"q": 0.875}),
+    all_ulps=(0.51, 0.5, 0.5),
 )
 ROWS["expectile"] = replace(
     squared_error,
@@ -396,6 +402,7 @@ ROWS["expectile"] = replace(
     side_factor=1,
     cases=({"q": 0.25},),
     ulps=(1.5, 0.5, 0.5),
+    all_ulps=(1.5, 0.51, 0.5),
     unit=True,
 )
 ROWS["quantile_huber"] = replace(

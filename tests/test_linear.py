@@ -438,15 +438,18 @@ def test_mm_of_many_rows(x64):
     np.testing.assert_allclose(found.coefficients, [1, 2, 3], atol=0.2)
 
 
-@pytest.mark.parametrize("weighed", [True, pytest.param(False, marks=pytest.mark.thorough)])
-def test_quantiles_of_many_rows(x64, weighed):
-    """The rows that are met carry what the others pull, none more than it may."""
-    kinds = (("everywhere", 0.5),) if weighed else (("leverage", 0.2), ("heavy", 0.999))
-    for rows, q in kinds:
-        check_dual_of_many_rows(rows, q, weighed)
+MANY = [("everywhere", 0.5, True)]
+MANY += [
+    pytest.param(*case, weighed, marks=pytest.mark.thorough)
+    for case in (("leverage", 0.2), ("everywhere", 0.5), ("heavy", 0.999))
+    for weighed in (True, False)
+    if (*case, weighed) != MANY[0]
+]
 
 
-def check_dual_of_many_rows(rows, q, weighed):
+@pytest.mark.parametrize(("rows", "q", "weighed"), MANY)
+def test_quantiles_of_many_rows(x64, rows, q, weighed):
+    """The rows that are met balance the gradient of the others, each within its slopes."""
     n, random = 66_003, np.random.default_rng(1)
     X, y = sample(n)
     if rows == "leverage":
@@ -797,26 +800,33 @@ def test_a_scale_below_rounding_is_not_verified(x64):
         assert not rl.fit_linear(X, y, scale=lambda r, s=nonsense: jnp.float64(s)).converged
 
 
-def test_columns_and_targets_in_any_units():
-    """Squares of 1e18 leave float32, those of 1e154 float64: coefficients and errors do not."""
+@pytest.mark.parametrize(
+    "method", ["irls", "interior_point", pytest.param("mm", marks=pytest.mark.thorough)]
+)
+def test_columns_in_any_units_in_float32(method):
+    """Squares of 1e18 leave float32, coefficients and errors do not."""
     X, y = sample()
-    for loss in (rl.huber, partial(rl.quantile, q=0.3)):  # "mm" is in the hostile sets
-        found = rl.fit_linear(X.astype("f4"), y.astype("f4"), loss)
-        for unit in (1e18, 1e-18):
-            other = rl.fit_linear((unit * X).astype("f4"), y.astype("f4"), loss)
-            assert other.converged
-            np.testing.assert_allclose(other.coefficients * unit, found.coefficients, rtol=1e-3)
-            errors = np.asarray(other.standard_errors(), float)[1:] * unit
-            np.testing.assert_allclose(errors, found.standard_errors()[1:], rtol=1e-2)
-    with jax.enable_x64(True):
-        found, other = rl.fit_linear(X, y), rl.fit_linear(1e154 * X, y)
-        np.testing.assert_allclose(other.coefficients * 1e154, found.coefficients, rtol=1e-9)
-        errors = other.standard_errors()[1:] * 1e154
-        np.testing.assert_allclose(errors, found.standard_errors()[1:], rtol=1e-9)
-        far = rl.fit_linear(X, 1e200 * y)
-        assert far.converged
-        np.testing.assert_allclose(far.coefficients / 1e200, found.coefficients, rtol=1e-9)
-        np.testing.assert_allclose(far.scale / 1e200, found.scale, rtol=1e-9)
+    loss = KINDS[method]
+    found = rl.fit_linear(X.astype("f4"), y.astype("f4"), loss)
+    for unit in (1e18, 1e-18):
+        other = rl.fit_linear((unit * X).astype("f4"), y.astype("f4"), loss)
+        assert other.converged
+        np.testing.assert_allclose(other.coefficients * unit, found.coefficients, rtol=1e-3)
+        errors = np.asarray(other.standard_errors(), float)[1:] * unit
+        np.testing.assert_allclose(errors, found.standard_errors()[1:], rtol=1e-2)
+
+
+def test_columns_and_targets_in_any_units(x64):
+    """Squares of 1e154 leave float64, coefficients and errors do not."""
+    X, y = sample()
+    found, other = rl.fit_linear(X, y), rl.fit_linear(1e154 * X, y)
+    np.testing.assert_allclose(other.coefficients * 1e154, found.coefficients, rtol=1e-9)
+    errors = other.standard_errors()[1:] * 1e154
+    np.testing.assert_allclose(errors, found.standard_errors()[1:], rtol=1e-9)
+    far = rl.fit_linear(X, 1e200 * y)
+    assert far.converged
+    np.testing.assert_allclose(far.coefficients / 1e200, found.coefficients, rtol=1e-9)
+    np.testing.assert_allclose(far.scale / 1e200, found.scale, rtol=1e-9)
 
 
 def test_predictions_have_the_shape_of_y(x64):
