@@ -57,31 +57,32 @@ def huber_h1(problem: Problem, loss: LossAtScale, found: Estimate) -> Covariance
     """
     unit, n = counts(problem)
     loss_at_s = loss(found.scale)
+    weights = problem.row_weights()
+    psi, bends = (
+        jnp.where(weights > 0, f(loss_at_s, found.residuals), 0) for f in (influence, curvature)
+    )
     # In units of the largest influence, whose square may be out of range.
-    psi = jnp.where(problem.row_weights() > 0, jnp.abs(influence(loss_at_s, found.residuals)), 0)
-    largest = jnp.max(psi)
+    largest = jnp.max(jnp.abs(psi))
     largest = jnp.where(largest > 0, largest, 1)
+    psi = psi / largest
+    moments = joint_sums(*(weights * x for x in (psi * psi, bends, bends * bends)))
+    square, bend, square_bend = (unit * x for x in moments)
 
-    def moments(q: Array, weights: Array, r: Array) -> tuple[Array, ...]:
-        psi, bends = (jnp.where(weights > 0, f(loss_at_s, r), 0) for f in (influence, curvature))
-        psi = psi / largest
+    def grams(q: Array, weights: Array, bends: Array) -> tuple[Array, Array]:
         # Many rows determine the fit, and do not need the second gram.
         few_rows = problem.design is not None
         curvatures = gram(q, weights * bends) if few_rows else jnp.eye(q.shape[1], dtype=q.dtype)
         # In least squares the first gram is the same expression, which XLA then computes once.
-        weighted = joint_sums(*(weights * x for x in (psi * psi, bends, bends * bends)))
-        return gram(q, weights), curvatures, *weighted
+        return gram(q, weights), curvatures
 
-    squares, curvatures, square, bends, square_bends = (
-        unit * x for x in sum_over_rows(problem, moments, found.residuals)
-    )
-    mean = bends / n
-    variance = (square_bends - n * mean**2) / (n - 1)
+    squares, curvatures = (unit * x for x in sum_over_rows(problem, grams, bends))
+    mean = bend / n
+    variance = (square_bend - n * mean**2) / (n - 1)
     kappa = 1 + problem.rank * variance / (n * mean**2)
     degrees = n - problem.rank
     square = square / jnp.where(degrees > 0, degrees, jnp.nan)
-    covariance = square * _inverse(squares, definite=True)
-    covariance = _in_units(problem, covariance, largest * jnp.abs(kappa / mean))
+    inverse = square * _inverse(squares, definite=True)
+    covariance = _in_units(problem, inverse, largest * jnp.abs(kappa / mean))
     return covariance._replace(definite=_definite(problem, curvatures))
 
 

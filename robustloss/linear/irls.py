@@ -16,6 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -56,10 +57,9 @@ _BLUR = 0.25
 _STEEPEST = 1e3
 _STEEPEST_SCALE = 0.995  # derivative of the scale estimate by the scale; above, steps are cut
 _SECANTS = 8
-# Scales: after a longer step, the sums that tell whether the fit has converged are left out; but
-# not after so many steps, which may be as short as they become.
-_LONG_STEP = 0.02
-_FEW_STEPS = 8
+# Each time after so many steps, the equations are verified in any case: the steps may be as short
+# as rounding lets them become.
+_STEPS_UNVERIFIED = 8
 # Scales: the first Newton step of a loss with several minima is at most this long, because a
 # longer one could lead to another minimum than the nearest.
 _NEWTON_STEP = 0.1
@@ -91,17 +91,6 @@ def subsample(problem: Problem) -> Problem | None:
     return subset(problem, spaced_rows(problem.weighted_rows(), n, _SUBSAMPLE))
 
 
-class Equations(NamedTuple):
-    """`sum(psi(r) q) = 0` at some coefficients and their scale."""
-
-    normal: Array
-    """(k, k) the sum of `psi'(r) q q'`, or of `w(r) q q'` for a step of reweighting"""
-    right: Array
-    """(k, 1) the sum of `psi(r) q`; (k, 2) with its derivative by the scale"""
-    balanced: Array
-    """whether the sum of `psi(r) q` is 0 to rounding"""
-
-
 class LastStep(NamedTuple):
     """What the last step tells about the equations that it led to."""
 
@@ -109,77 +98,97 @@ class LastStep(NamedTuple):
     """(n,) of the residuals"""
     short: Array
     """a change of the residuals that counts as none"""
-    candidate: Array
-    """whether the equations may be balanced; where False, this is not computed"""
+    same_scale: Array
+    """whether the scale is that of the residuals"""
+
+
+class Equations(NamedTuple):
+    """`sum(psi(r) q) = 0` at some coefficients and their scale."""
+
+    normal: Array
+    """(k, k) the sum of `psi'(r) q q'`, or of `w(r) q q'` for a step of reweighting"""
+    right: Array
+    """(k, 1) the sum of `psi(r) q`; (k, 2) with its derivative by the scale"""
 
 
 def _equations(
     problem: Problem,
     loss: Callable[..., Array],
-    coefficients: Array,
     r: Array,
     s: Array,
     newton: Array,
-    last: LastStep,
     joint: bool,
 ) -> Equations:
-    """The equations at the coefficients, their residuals r and the scale s.
+    """The equations at residuals r and their scale s."""
+    k = len(problem.constants)
 
-    They are balanced where each sum is 0 to rounding, relative to the sum of |psi| |q|. Rounding
-    changes a residual by eps (|y| + |r| + size of the prediction's terms), and psi by psi' times
-    that. So a row whose influence has levelled off adds no rounding error, however far away it is.
-    Where rounding may change the influences themselves, as at a scale below the rounding of the
-    data, nothing can be verified, and the equations are not balanced unless every row with an
-    influence is met exactly.
+    def terms(q: Array, weights: Array, r: Array) -> Array:
+        def weighted(x: Array) -> Array:
+            return jnp.where(weights > 0, weights * x, 0)
+
+        psi = influence(loss, r)
+        curve = jnp.where(newton, curvature(loss, r), weight(loss, r))
+        if not joint:  # faster with the many starts of an S-estimate, which share q
+            return jnp.column_stack([gram(q, weighted(curve)), q.T @ weighted(psi)])
+        by_scale = (psi - curve * r) / s
+        columns = [weighted(curve)[:, None] * q, weighted(psi), weighted(by_scale)]
+        return cross_product(q, jnp.column_stack(columns))  # in one pass
+
+    sums = sum_over_rows(problem, terms, r)
+    return Equations(sums[:, :k], sums[:, k:])
+
+
+def _balanced(
+    problem: Problem,
+    loss: Callable[..., Array],
+    coefficients: Array,
+    r: Array,
+    last: LastStep,
+) -> Array:
+    """Whether the equations of the coefficients hold to rounding at their residuals r.
+
+    Each sum must be 0 to rounding, relative to the sum of |psi| |q|. Rounding changes a residual by
+    eps (|y| + |r| + size of the prediction's terms), and psi by psi' times that. So a row whose
+    influence has levelled off adds no rounding error, however far away it is. Where rounding may
+    change the influences themselves, as at a scale below the rounding of the data, nothing can be
+    verified, and the equations are not balanced unless every row with an influence is met exactly.
 
     A row that is far out in X and has an influence hides the equations of the others behind its
     own. So rows count as if they were no longer than `_LONGEST_ROW`; or else the last step must
     have changed no residual by more than `last.short`, or rounding.
     """
-    k = len(problem.constants)
+    eps = jnp.finfo(r.dtype).eps
     constant, typical = problem.term_sizes(coefficients)
 
-    def terms(q: Array, weights: Array, r: Array, y: Array, change: Array) -> tuple[Array, ...]:
+    def terms(
+        q: Array, weights: Array, r: Array, y: Array, change: Array
+    ) -> tuple[Array, Array, Array]:
         def weighted(x: Array) -> Array:
             return jnp.where(weights > 0, weights * x, 0)
 
-        psi, bend = influence(loss, r), curvature(loss, r)
-        curve = jnp.where(newton, bend, weight(loss, r))
-        pull = weighted(psi)
+        # Without the barrier, XLA writes |q| to memory, as it is the same for all coefficients.
+        q, r = lax.optimization_barrier((q, r))
+        length = jnp.maximum(1, jnp.max(jnp.abs(q), axis=1))
+        shortened = jnp.minimum(1, _LONGEST_ROW / length)
+        rounding = eps * (jnp.abs(y) + jnp.abs(r) + constant + typical * length)
+        pull, blurs = weighted(influence(loss, r)), weighted(jnp.abs(curvature(loss, r))) * rounding
+        pulls, met = jnp.abs(pull), jnp.abs(r) <= 8 * rounding
+        moves = ~(jnp.abs(change) <= last.short + 8 * rounding)
+        rows = (weights > 0) & met, (pull != 0) & ~met, (weights > 0) & moves
+        totals = joint_sums(pulls * length, blurs * length, *(x.astype(r.dtype) for x in rows))
+        columns = ((shortened * u)[:, None] * q for u in (pulls, blurs))
+        sizes = jnp.stack([jnp.sum(jnp.abs(x), axis=0) for x in columns])
+        return pull @ q, sizes, jnp.stack(totals)
 
-        def sizes() -> tuple[Array, Array]:
-            length = jnp.maximum(1, jnp.max(jnp.abs(q), axis=1))
-            shortened = jnp.minimum(1, _LONGEST_ROW / length)
-            rounding = jnp.finfo(r.dtype).eps * (
-                jnp.abs(y) + jnp.abs(r) + constant + typical * length
-            )
-            pulls, blurs = jnp.abs(pull), weighted(jnp.abs(bend)) * rounding
-            met = jnp.abs(r) <= 8 * rounding
-            moves = ~(jnp.abs(change) <= last.short + 8 * rounding)
-            rows = (weights > 0) & met, (pull != 0) & ~met, (weights > 0) & moves
-            totals = joint_sums(pulls * length, blurs * length, *(x.astype(r.dtype) for x in rows))
-            columns = jnp.column_stack([shortened * pulls, shortened * blurs])
-            return cross_product(jnp.abs(q), columns), jnp.stack(totals)
-
-        zeros = jnp.zeros((k, 2), r.dtype), jnp.zeros(5, r.dtype)
-        if joint:  # in one pass
-            by_scale = weighted((psi - curve * r) / s)
-            columns = jnp.column_stack([weighted(curve)[:, None] * q, pull, by_scale])
-            sums = cross_product(q, columns)
-        else:  # faster with the many starts of an S-estimate, which share q
-            sums = jnp.column_stack([gram(q, weighted(curve)), q.T @ pull])
-        return sums, *lax.cond(last.candidate, sizes, lambda: zeros)
-
-    sums, columns, totals = sum_over_rows(problem, terms, r, problem.y, last.change)
-    normal, right = sums[:, :k], sums[:, k:]
-    pulls, blurs = columns.T
+    sums, sizes, totals = sum_over_rows(problem, terms, r, problem.y, last.change)
+    imbalance, small = jnp.abs(sums), eps**_SMALL
+    pulls, blurs = sizes
     long_pulls, long_blurs, met, missed, moving = totals
     clear = jnp.all((pulls > 0) & (blurs <= _BLUR * pulls) | dependent_columns(problem))
     clear |= (missed == 0) & (met >= problem.rank)
-    small, imbalance = jnp.finfo(r.dtype).eps ** _SMALL, jnp.abs(right[:, 0])
     balanced = jnp.all(imbalance <= small * pulls + blurs)
     balanced |= (moving == 0) & jnp.all(imbalance <= small * long_pulls + long_blurs)
-    return Equations(normal, right, last.candidate & clear & balanced)
+    return clear & balanced
 
 
 def _objective_change(
@@ -252,14 +261,15 @@ class _State(NamedTuple):
     c: Array  # coefficients of x - center
     r: Array
     s: Array
-    equations: Equations
     steps: Array
+    last: LastStep
     step_size: Array  # of the last step accepted
-    newton: Array  # whether the equations are those of a Newton step
+    newton: Array  # whether the next step is Newton's
     newton_limit: Array  # scales: after a step up to this size, Newton's is next
     follow_limit: Array  # scales: a Newton step up to this size follows the scale
     followed: Array  # whether the last step did
-    converged: Array
+    settled: Array  # whether the equations are expected to hold
+    converged: Array  # whether they do
 
 
 class _Move(NamedTuple):
@@ -270,19 +280,20 @@ class _Move(NamedTuple):
     s: Array
     change: Array  # of the residuals, without the rounding of either
     size: Array  # the largest change of a coefficient
-    followed: Array
+    scale_change: Array  # for which the step allows
 
 
 def _proposed_step(
     problem: Problem,
     estimate_scale: EstimateScale,
     at: _State,
+    equations: Equations,
     first: Array,
     guess: Array,
     joint: bool,
 ) -> _Move:
     """The step that the equations ask for. The first one is 0, for a scale near `guess`."""
-    moves = solve(at.equations.normal, at.equations.right)
+    moves = solve(equations.normal, equations.right)
     step = moves[:, 0]
     size = jnp.where(first, guess, jnp.max(jnp.abs(step)))
     if not joint:
@@ -290,7 +301,7 @@ def _proposed_step(
         r, change = two_predictions(problem, at.c - moved, moved)
         r = r - problem.y
         s = estimate_scale(problem, r, at.s, size)
-        return _Move(at.c - moved, r, s, -change, size, jnp.asarray(False))
+        return _Move(at.c - moved, r, s, -change, size, jnp.zeros_like(s))
     by_scale = moves[:, 1]
     c, c_by_scale = at.c - problem.coefficients(step), problem.coefficients(by_scale)
     r, v = two_predictions(problem, c, c_by_scale)
@@ -300,16 +311,42 @@ def _proposed_step(
     t, s = _follow_scale(partial(estimate_scale, problem), at.s, r, v, size, follow)
     r = jnp.where(t == 0, r, r - t * v)
     size = jnp.max(jnp.abs(step + t * by_scale))
-    return _Move(c - t * c_by_scale, r, s, r - at.r, size, t != 0)
+    return _Move(c - t * c_by_scale, r, s, r - at.r, size, t)
 
 
-def _acceptable(problem: Problem, loss: LossAtScale, at: _State, new: _Move) -> Array:
+def _acceptable(
+    problem: Problem, loss: LossAtScale, at: _State, equations: Equations, new: _Move
+) -> Array:
     """Whether to take a step: any of reweighting, and Newton's if the objective does not rise."""
-    rise, rounding = _objective_change(problem, loss(at.s), at.r, new.r, new.change)
+    followed = new.scale_change != 0
+    rise, rounding = lax.cond(
+        at.newton & ~followed,
+        lambda: _objective_change(problem, loss(at.s), at.r, new.r, new.change),
+        lambda: (jnp.zeros_like(new.s), jnp.zeros_like(new.s)),
+    )
     # Where no row is near the fit, there is no curvature to divide by.
-    curved = jnp.diagonal(at.equations.normal) > 0
+    curved = jnp.diagonal(equations.normal) > 0
     regular = jnp.all(curved | dependent_columns(problem))
-    return ~at.newton | (regular & (new.followed | (rise <= rounding)))
+    return ~at.newton | (regular & (followed | (rise <= rounding)))
+
+
+def _settled(
+    problem: Problem, loss: LossAtScale, at: _State, new: _Move, last: LastStep, joint: bool
+) -> Array:
+    """Whether the equations are expected to hold after a step, which is then verified."""
+    short = (new.size <= last.short) & last.same_scale
+    if not joint:
+        return short
+    # Newton's step leads to the solution where the influences become what it took them to become.
+    weights, before = problem.row_weights(), loss(at.s)
+    psi, curve = influence(before, at.r), curvature(before, at.r)
+    expected = psi + curve * new.change + (psi - curve * at.r) / at.s * (new.s - at.s)
+    error = jnp.abs(influence(loss(new.s), new.r) - expected)
+    errors, curves = joint_sums(*(jnp.where(weights > 0, weights * x, 0) for x in (error, curve)))
+    scale_error = jnp.abs(new.s - at.s - new.scale_change)
+    tolerance = 0.1 * jnp.finfo(new.r.dtype).eps ** _SMALL * new.s
+    straight = errors + scale_error * jnp.abs(curves) <= tolerance * jnp.abs(curves)
+    return short | (at.newton & straight)
 
 
 def _limits(at: _State, new: _Move, accepted: Array, size: Array) -> tuple[Array, Array]:
@@ -319,7 +356,7 @@ def _limits(at: _State, new: _Move, accepted: Array, size: Array) -> tuple[Array
     minimum. Where the curvature jumps, they could go round in circles.
     """
     slow = ~(accepted & (size <= _FAST_STEP * at.step_size))
-    distrusted = at.newton & ~new.followed & slow & (at.newton_limit < jnp.inf)
+    distrusted = at.newton & (new.scale_change == 0) & slow & (at.newton_limit < jnp.inf)
     newton_limit = jnp.where(distrusted, _CUT * at.newton_limit, at.newton_limit)
     cycling = at.followed & (size > _CYCLING_STEP * at.step_size)
     return newton_limit, at.follow_limit * jnp.where(cycling, _CUT, jnp.where(slow, 1, 4))
@@ -331,7 +368,7 @@ def m_estimate(
     estimate_scale: EstimateScale,
     start: Array,
     s: Array | None = None,
-    steps: int = _STEPS,
+    most_steps: int = _STEPS,
     *,
     convex: bool = False,
     joint: bool = False,
@@ -346,49 +383,54 @@ def m_estimate(
     k, dtype = len(problem.constants), problem.y.dtype
     tolerance = jnp.finfo(dtype).eps ** _SMALL
     guess = problem.y_size if s is None else s
+    no, infinity = jnp.asarray(False), jnp.full((), jnp.inf, dtype)
+    at_start = Equations(jnp.eye(k, dtype=dtype), jnp.zeros((k, 1 + joint), dtype))
 
-    # The first step moves nothing: it computes the residuals, their scale and the equations, which
-    # the program would else contain twice.
+    # The first step moves nothing: it computes the residuals and their scale, which the program
+    # would else contain twice.
     def iterate(at: _State) -> _State:
         first = at.steps < 0
-        new = _proposed_step(problem, estimate_scale, at, first, guess, joint)
-        accepted = _acceptable(problem, loss, at, new)
-        size = jnp.where(first, jnp.inf, new.size)
-        newton_limit, follow_limit = _limits(at, new, accepted, size)
+        equations = lax.cond(
+            first,
+            lambda: at_start,
+            lambda: _equations(problem, loss(at.s), at.r, at.s, at.newton, joint),
+        )
+        new = _proposed_step(problem, estimate_scale, at, equations, first, guess, joint)
+        accepted = _acceptable(problem, loss, at, equations, new)
         # The distance left is about the square of a Newton step, and a part of another step.
         short = jnp.where(at.newton, tolerance**0.5, tolerance) * new.s
-        same_scale = jnp.abs(new.s - at.s) <= tolerance * new.s
-
-        c, r, s, size, follow_limit, followed = (
-            jnp.where(accepted, x, y)
-            for x, y in zip(
-                (new.c, new.r, new.s, size, follow_limit, new.followed),
-                (at.c, at.r, at.s, at.step_size, at.follow_limit, at.followed),
-                strict=True,
-            )
-        )
-        newton = accepted & (size <= newton_limit * s)
-        candidate = accepted & ((size <= _LONG_STEP * s) | (at.steps > _FEW_STEPS))
-        last = LastStep(jnp.where(first, jnp.inf, new.change), short, candidate)
-        equations = _equations(problem, loss(s), c, r, s, newton, last, joint)
-        converged = equations.balanced & (joint | same_scale)
-        return _State(
-            c, r, s, equations, at.steps + 1, size, newton, newton_limit, follow_limit, followed,
-            converged,
+        same_scale = joint | (jnp.abs(new.s - at.s) <= tolerance * new.s)
+        last = LastStep(new.change, short, same_scale)
+        settled = _settled(problem, loss, at, new, last, joint)
+        steps = at.steps + 1
+        settled = ~first & (settled | (steps % _STEPS_UNVERIFIED == 0))
+        size = jnp.where(first, jnp.inf, new.size)
+        newton_limit, follow_limit = _limits(at, new, accepted, size)
+        taken = _State(
+            new.c, new.r, new.s, steps, last, size, size <= newton_limit * new.s, newton_limit,
+            follow_limit, new.scale_change != 0, settled, no,
         )  # fmt: skip
+        refused = at._replace(steps=steps, newton=no, newton_limit=newton_limit, settled=no)
+        return jax.tree.map(partial(jnp.where, accepted), taken, refused)
 
     def goes_on(at: _State) -> Array:
-        return ~at.converged & (at.steps < steps) & jnp.all(jnp.isfinite(at.c))
+        return ~at.converged & (at.steps < most_steps) & jnp.all(jnp.isfinite(at.c))
 
-    no, infinity = jnp.asarray(False), jnp.full((), jnp.inf, dtype)
-    still = Equations(jnp.eye(k, dtype=dtype), jnp.zeros((k, 1 + joint), dtype), no)
+    # Equations that are expected to hold are verified outside of the loop: that costs more than a
+    # step, and a batch of fits then verifies once for all of them.
+    def settle(at: _State) -> _State:
+        at = lax.while_loop(lambda at: ~at.settled & goes_on(at), iterate, at._replace(settled=no))
+        balanced = _balanced(problem, loss(at.s), at.c, at.r, at.last)
+        return at._replace(converged=balanced & at.last.same_scale)
+
     newton_limit = infinity if convex else jnp.asarray(_NEWTON_STEP, dtype)
     follow_limit = jnp.ones((), dtype) / 4  # 1 after the first step
+    nowhere = LastStep(jnp.zeros_like(problem.y), infinity, no)
     begin = _State(
-        start, jnp.zeros_like(problem.y), guess, still, jnp.int32(-1), infinity, no, newton_limit,
-        follow_limit, no, no,
+        start, jnp.zeros_like(problem.y), guess, jnp.int32(-1), nowhere, infinity, no, newton_limit,
+        follow_limit, no, no, no,
     )  # fmt: skip
-    end = lax.while_loop(goes_on, iterate, begin)
+    end = lax.while_loop(goes_on, settle, begin)
     finite = jnp.all(jnp.isfinite(end.c)) & jnp.isfinite(end.s)
     return Estimate(end.c, end.s, end.r, end.converged & finite, end.steps)
 
