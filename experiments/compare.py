@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 import robustloss as rl
 from experiments import Progress, UsageError, _plotting, _results, ignore_progress, require
 from experiments._compare import drawing
-from experiments._compare.fitting import Result, fit_losses
+from experiments._compare.fitting import Result, fit_data
 from experiments._compare.reading import DEFAULT, check_independence, read_data
 from experiments._compare.wording import find_low_rows, findings, show
 from experiments._losses import resolve_loss, set_delta
@@ -82,7 +82,7 @@ def run(config: Config, progress: Progress = ignore_progress) -> Result:
         raise UsageError(f"--scale must be a positive number, got {config.scale}.")
     check_independence(data)
     with jax.enable_x64(True):
-        return fit_losses(
+        return fit_data(
             data, names, scale=config.scale, steps=config.steps, seed=config.seed,
             exact=config.exact, progress=progress,
         )  # fmt: skip

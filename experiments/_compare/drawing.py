@@ -90,6 +90,7 @@ def _draw_stems(
 def draw_weights(result: Result) -> Figure:
     """The weight of each row in each fit."""
     data = result.data
+    low = np.sum(np.any(result.weights < LOW, axis=0))
     figure = Figure(figsize=(9, 4))
     axes = figure.subplots()
     if len(data.y) > MAX_POINTS:
@@ -108,7 +109,8 @@ def draw_weights(result: Result) -> Figure:
     axes.set(
         ylabel="weight relative to a typical row",
         ylim=(-0.03, 1.05),
-        title="Weight of each row in each fit",
+        title=f"{str(low) if low else 'No'} row{'s have' if low > 1 else ' has'} less than half of "
+        "a typical row's weight",
     )
     axes.legend(ncols=1, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

@@ -16,9 +16,8 @@ import robustloss as rl
 from experiments import Progress
 from experiments._losses import set_delta, tune_delta
 from experiments.data import Data
+from robustloss._numerics.normal import UPPER_QUARTILE
 from robustloss.losses import redescending
-
-MAD_AT_NORMAL = 0.6744897501960817  # the MAD of the standard normal distribution
 
 
 class Result(NamedTuple):
@@ -52,7 +51,33 @@ class Description(NamedTuple):
     curvature: jax.Array
 
 
-def fit_losses(
+class _Standardised(NamedTuple):
+    """The data in columns of mean 0 and standard deviation 1, and how to transform back."""
+
+    X: np.ndarray  # (rows, 1 + features), a column of ones first
+    y: np.ndarray
+    center: np.ndarray
+    spread: np.ndarray
+    target_center: float
+    target_spread: float
+
+    def transform_back(self, params: np.ndarray) -> np.ndarray:
+        """(losses, 1 + features) coefficients in the units of the data."""
+        coefficients = params * self.target_spread
+        coefficients[:, 1:] /= self.spread
+        coefficients[:, 0] += self.target_center - coefficients[:, 1:] @ self.center
+        return coefficients
+
+
+def _standardise(data: Data) -> _Standardised:
+    center, spread = data.X.mean(0), data.X.std(0, ddof=1)
+    target_center, target_spread = data.y.mean(), data.y.std(ddof=1)
+    X = np.column_stack([np.ones(len(data.y)), (data.X - center) / spread])
+    y = (data.y - target_center) / target_spread
+    return _Standardised(X, y, center, spread, target_center, target_spread)
+
+
+def fit_data(
     data: Data,
     names: tuple[str, ...],
     *,
@@ -63,10 +88,8 @@ def fit_losses(
     progress: Progress,
 ) -> Result:
     """Fits each loss to the data in standardised columns and transforms the fits back."""
-    center, spread = data.X.mean(0), data.X.std(0, ddof=1)
-    target_center, target_spread = data.y.mean(), data.y.std(ddof=1)
-    X = np.column_stack([np.ones(len(data.y)), (data.X - center) / spread])
-    y = (data.y - target_center) / target_spread
+    standardised = _standardise(data)
+    X, y, target_spread = standardised.X, standardised.y, standardised.target_spread
     start = np.zeros(X.shape[1])
     if seed is not None:
         start = np.asarray(jax.random.normal(jax.random.key(seed), start.shape))
@@ -97,10 +120,8 @@ def fit_losses(
         huber = fit("huber", tune_delta("huber", efficiency=0.95) * unit) if redescends else None
         fits.append(fit(name, deltas[-1], start if huber is None else huber.params))
 
-    slopes = np.array([f.params for f in fits]) * target_spread
-    slopes[:, 1:] /= spread
-    slopes[:, 0] += target_center - slopes[:, 1:] @ center
-    residuals = (np.array([f.params for f in fits]) @ X.T - y) * target_spread
+    params = np.array([f.params for f in fits])
+    residuals = (params @ X.T - y) * target_spread
     deltas = np.array(deltas) * target_spread
     descriptions = [
         jax.device_get(_describe(name, delta, r))
@@ -114,9 +135,9 @@ def fit_losses(
         scale=float(unit * target_spread),
         scale_note=note,
         deltas=deltas,
-        coefficients=slopes,
+        coefficients=standardised.transform_back(params),
         residuals=residuals,
-        spreads=np.median(np.abs(residuals), axis=1) / MAD_AT_NORMAL,
+        spreads=np.median(np.abs(residuals), axis=1) / UPPER_QUARTILE,
         objectives=np.array([description.objective for description in descriptions]),
         excesses=np.array(
             [
@@ -149,11 +170,11 @@ def _estimate_scale(
     size = measure_residuals(fit("absolute_error", np.nan))
     exact = 1e-6  # in spreads of the target: the error of a first-order fit to exact data
     for _ in range(200):
-        scale = float(np.median(size)) / MAD_AT_NORMAL
+        scale = float(np.median(size)) / UPPER_QUARTILE
         if scale < exact:
             break
         size = measure_residuals(fit("huber", tune_delta("huber", efficiency=0.95) * scale))
-        if abs(np.median(size) / MAD_AT_NORMAL - scale) <= 1e-9 * scale:
+        if abs(np.median(size) / UPPER_QUARTILE - scale) <= 1e-9 * scale:
             return scale, "MAD / 0.6745 of Huber's residuals, found together with the fit"
     else:
         return scale, "MAD / 0.6745 of Huber's residuals after 200 rounds, not yet settled"
@@ -204,7 +225,7 @@ def _measure_excess(name: str, X: np.ndarray, data: Data | None, description: De
         if data is None:
             return np.nan
         best = rl.fit_linear(data.X, data.y, set_delta(name, np.nan))
-        exact = float(rl.mean(set_delta(name, np.nan), best.residuals))
+        exact = float(rl.mean(set_delta(name, np.nan), -best.residuals))
         return max(objective - exact, 0.0) / objective
     slope = X.T @ description.influence
     step = np.linalg.lstsq(X.T @ (description.curvature[:, None] * X), slope)[0]

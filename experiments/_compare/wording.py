@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from experiments._compare.fitting import MAD_AT_NORMAL, Result
+from experiments._compare.fitting import Result
 from experiments._losses import title
 from experiments.data import Data
+from robustloss._numerics.normal import UPPER_QUARTILE
 
 LOW = 0.5  # a row whose weight is below this share of a typical row's is listed
 
@@ -196,7 +197,7 @@ def _find_largest_gap(result: Result, robust: str) -> tuple[int, np.ndarray, np.
 def _find_far_rows(data: Data) -> np.ndarray:
     """Rows more than five robust deviations from the median in at least one feature."""
     distance = np.abs(data.X - np.median(data.X, axis=0))
-    mad = np.median(distance, axis=0) / MAD_AT_NORMAL
+    mad = np.median(distance, axis=0) / UPPER_QUARTILE
     return data.rows[np.any(distance > 5 * np.where(mad > 0, mad, data.X.std(0)), axis=1)]
 
 

@@ -57,8 +57,8 @@ _BLUR = 0.25
 _STEEPEST = 1e3
 _STEEPEST_SCALE = 0.995  # derivative of the scale estimate by the scale; above, steps are cut
 _SECANTS = 8
-# Each time after so many steps, the equations are verified in any case: the steps may be as short
-# as rounding lets them become.
+# After so many steps, the equations are verified after each step: rounding may keep the steps long,
+# and where the fit is not unique, a long step may lead away from a solution.
 _STEPS_UNVERIFIED = 8
 # Scales: the first Newton step of a loss with several minima is at most this long, because a
 # longer one could lead to another minimum than the nearest.
@@ -401,14 +401,13 @@ def m_estimate(
         short = jnp.where(at.newton, tolerance**0.5, tolerance) * new.s
         same_scale = joint | (jnp.abs(new.s - at.s) <= tolerance * new.s)
         last = LastStep(new.change, short, same_scale)
-        settled = _settled(problem, loss, at, new, last, joint)
         steps = at.steps + 1
-        settled = ~first & (settled | (steps % _STEPS_UNVERIFIED == 0))
+        settled = _settled(problem, loss, at, new, last, joint) | (steps > _STEPS_UNVERIFIED)
         size = jnp.where(first, jnp.inf, new.size)
         newton_limit, follow_limit = _limits(at, new, accepted, size)
         taken = _State(
             new.c, new.r, new.s, steps, last, size, size <= newton_limit * new.s, newton_limit,
-            follow_limit, new.scale_change != 0, settled, no,
+            follow_limit, new.scale_change != 0, settled & ~first, no,
         )  # fmt: skip
         refused = at._replace(steps=steps, newton=no, newton_limit=newton_limit, settled=no)
         return jax.tree.map(partial(jnp.where, accepted), taken, refused)
