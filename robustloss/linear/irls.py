@@ -56,7 +56,7 @@ _BLUR = 0.25
 # more, the matrix of curvatures is nearly singular: too few rows near the fit determine them.
 _STEEPEST = 1e3
 _STEEPEST_SCALE = 0.995  # derivative of the scale estimate by the scale; above, steps are cut
-_SECANTS = 8
+_SECANTS = 5
 # After so many steps, the equations are verified after each step: rounding may keep the steps long,
 # and where the fit is not unique, a long step may lead away from a solution.
 _STEPS_UNVERIFIED = 8
