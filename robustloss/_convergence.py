@@ -66,7 +66,7 @@ class Criteria(NamedTuple):
         """
         dtype = self.initial_value.dtype
         slope = ravelled(gradient, dtype)
-        eps = float(jnp.finfo(coarsest_dtype(jax.tree.leaves(params))).eps)
+        eps = float(jnp.finfo(_coarsest_dtype(jax.tree.leaves(params))).eps)
         scale = self._positive_scale(gradient_scale)
         rounding_error = _GRADIENT_ROUNDING * eps * scale
         unit = 1 / scale  # of the parameters, so that the units of a parameter do not matter
@@ -102,7 +102,7 @@ class Criteria(NamedTuple):
         """The product of the Hessian matrix with a vector, for parameters in these units."""
 
         def product(v: Array) -> Array:
-            direction = unravelled(params, unit * v)
+            direction = _unravelled(params, unit * v)
             _, derivative = jax.jvp(jax.grad(self.objective), (params,), (direction,))
             return unit * ravelled(derivative, self.initial_value.dtype)
 
@@ -169,7 +169,7 @@ def _conjugate_gradients(
 # Parameters as one vector.
 
 
-def coarsest_dtype(leaves: list[Array]) -> jnp.dtype:
+def _coarsest_dtype(leaves: list[Array]) -> jnp.dtype:
     """The type of the parameters with the largest rounding error."""
     return max((x.dtype for x in leaves), key=lambda dtype: float(jnp.finfo(dtype).eps))
 
@@ -179,7 +179,7 @@ def ravelled(tree: Params, dtype: Any) -> Array:
     return jnp.concatenate([leaf.reshape(-1).astype(dtype) for leaf in jax.tree.leaves(tree)])
 
 
-def unravelled(tree: Params, vector: Array) -> Params:
+def _unravelled(tree: Params, vector: Array) -> Params:
     """The inverse of `ravelled`: the vector as a pytree like `tree`."""
     leaves, structure = jax.tree.flatten(tree)
     parts = jnp.split(vector, np.cumsum([leaf.size for leaf in leaves])[:-1])

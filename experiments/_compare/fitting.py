@@ -57,24 +57,24 @@ class _Standardised(NamedTuple):
     X: np.ndarray  # (rows, 1 + features), a column of ones first
     y: np.ndarray
     center: np.ndarray
-    spread: np.ndarray
+    deviation: np.ndarray
     target_center: float
-    target_spread: float
+    target_deviation: float
 
     def transform_back(self, params: np.ndarray) -> np.ndarray:
         """(losses, 1 + features) coefficients in the units of the data."""
-        coefficients = params * self.target_spread
-        coefficients[:, 1:] /= self.spread
+        coefficients = params * self.target_deviation
+        coefficients[:, 1:] /= self.deviation
         coefficients[:, 0] += self.target_center - coefficients[:, 1:] @ self.center
         return coefficients
 
 
 def _standardise(data: Data) -> _Standardised:
-    center, spread = data.X.mean(0), data.X.std(0, ddof=1)
-    target_center, target_spread = data.y.mean(), data.y.std(ddof=1)
-    X = np.column_stack([np.ones(len(data.y)), (data.X - center) / spread])
-    y = (data.y - target_center) / target_spread
-    return _Standardised(X, y, center, spread, target_center, target_spread)
+    center, deviation = data.X.mean(0), data.X.std(0, ddof=1)
+    target_center, target_deviation = data.y.mean(), data.y.std(ddof=1)
+    X = np.column_stack([np.ones(len(data.y)), (data.X - center) / deviation])
+    y = (data.y - target_center) / target_deviation
+    return _Standardised(X, y, center, deviation, target_center, target_deviation)
 
 
 def fit_data(
@@ -89,7 +89,7 @@ def fit_data(
 ) -> Result:
     """Fits each loss to the data in standardised columns and transforms the fits back."""
     standardised = _standardise(data)
-    X, y, target_spread = standardised.X, standardised.y, standardised.target_spread
+    X, y, target_deviation = standardised.X, standardised.y, standardised.target_deviation
     start = np.zeros(X.shape[1])
     if seed is not None:
         start = np.asarray(jax.random.normal(jax.random.key(seed), start.shape))
@@ -109,7 +109,7 @@ def fit_data(
     if scale is None:
         unit, note = _estimate_scale(fit, X, y)
     else:
-        unit, note = scale / target_spread, "given by --scale"
+        unit, note = scale / target_deviation, "given by --scale"
 
     deltas, fits = [], []
     for i, name in enumerate(names):
@@ -121,8 +121,8 @@ def fit_data(
         fits.append(fit(name, deltas[-1], start if huber is None else huber.params))
 
     params = np.array([f.params for f in fits])
-    residuals = (params @ X.T - y) * target_spread
-    deltas = np.array(deltas) * target_spread
+    residuals = (params @ X.T - y) * target_deviation
+    deltas = np.array(deltas) * target_deviation
     descriptions = [
         jax.device_get(_describe(name, delta, r))
         for name, delta, r in zip(names, deltas, residuals, strict=True)
@@ -132,7 +132,7 @@ def fit_data(
     return Result(
         data=data,
         losses=names,
-        scale=float(unit * target_spread),
+        scale=float(unit * target_deviation),
         scale_note=note,
         deltas=deltas,
         coefficients=standardised.transform_back(params),
@@ -141,7 +141,7 @@ def fit_data(
         objectives=np.array([description.objective for description in descriptions]),
         excesses=np.array(
             [
-                _measure_excess(name, X / target_spread, data if exact else None, description)
+                _measure_excess(name, X / target_deviation, data if exact else None, description)
                 for name, description in zip(names, descriptions, strict=True)
             ]
         ),

@@ -57,6 +57,9 @@ _BLUR = 0.25
 _STEEPEST = 1e3
 _STEEPEST_SCALE = 0.995  # derivative of the scale estimate by the scale; above, steps are cut
 _SECANTS = 5
+# Part of a relative rounding error: influences that differ by less from what Newton's step expects
+# count as linear along the step.
+_NONLINEAR = 0.1
 # After so many steps, the equations are verified after each step: rounding may keep the steps long,
 # and where the fit is not unique, a long step may lead away from a solution.
 _STEPS_UNVERIFIED = 8
@@ -280,7 +283,7 @@ class _Move(NamedTuple):
     s: Array
     change: Array  # of the residuals, without the rounding of either
     size: Array  # the largest change of a coefficient
-    scale_change: Array  # for which the step allows
+    scale_change: Array  # the change of the scale that the step includes
 
 
 def _proposed_step(
@@ -337,16 +340,16 @@ def _settled(
     short = (new.size <= last.short) & last.same_scale
     if not joint:
         return short
-    # Newton's step leads to the solution where the influences become what it took them to become.
+    # Newton's step leads to the solution where the influences are linear along the step.
     weights, before = problem.row_weights(), loss(at.s)
     psi, curve = influence(before, at.r), curvature(before, at.r)
     expected = psi + curve * new.change + (psi - curve * at.r) / at.s * (new.s - at.s)
     error = jnp.abs(influence(loss(new.s), new.r) - expected)
     errors, curves = joint_sums(*(jnp.where(weights > 0, weights * x, 0) for x in (error, curve)))
     scale_error = jnp.abs(new.s - at.s - new.scale_change)
-    tolerance = 0.1 * jnp.finfo(new.r.dtype).eps ** _SMALL * new.s
-    straight = errors + scale_error * jnp.abs(curves) <= tolerance * jnp.abs(curves)
-    return short | (at.newton & straight)
+    tolerance = _NONLINEAR * jnp.finfo(new.r.dtype).eps ** _SMALL * new.s
+    linear = errors + scale_error * jnp.abs(curves) <= tolerance * jnp.abs(curves)
+    return short | (at.newton & linear)
 
 
 def _limits(at: _State, new: _Move, accepted: Array, size: Array) -> tuple[Array, Array]:
@@ -368,7 +371,7 @@ def m_estimate(
     estimate_scale: EstimateScale,
     start: Array,
     s: Array | None = None,
-    most_steps: int = _STEPS,
+    max_steps: int = _STEPS,
     *,
     convex: bool = False,
     joint: bool = False,
@@ -384,7 +387,7 @@ def m_estimate(
     tolerance = jnp.finfo(dtype).eps ** _SMALL
     guess = problem.y_size if s is None else s
     no, infinity = jnp.asarray(False), jnp.full((), jnp.inf, dtype)
-    at_start = Equations(jnp.eye(k, dtype=dtype), jnp.zeros((k, 1 + joint), dtype))
+    trivial = Equations(jnp.eye(k, dtype=dtype), jnp.zeros((k, 1 + joint), dtype))
 
     # The first step moves nothing: it computes the residuals and their scale, which the program
     # would else contain twice.
@@ -392,7 +395,7 @@ def m_estimate(
         first = at.steps < 0
         equations = lax.cond(
             first,
-            lambda: at_start,
+            lambda: trivial,
             lambda: _equations(problem, loss(at.s), at.r, at.s, at.newton, joint),
         )
         new = _proposed_step(problem, estimate_scale, at, equations, first, guess, joint)
@@ -413,23 +416,23 @@ def m_estimate(
         return jax.tree.map(partial(jnp.where, accepted), taken, refused)
 
     def goes_on(at: _State) -> Array:
-        return ~at.converged & (at.steps < most_steps) & jnp.all(jnp.isfinite(at.c))
+        return ~at.converged & (at.steps < max_steps) & jnp.all(jnp.isfinite(at.c))
 
-    # Equations that are expected to hold are verified outside of the loop: that costs more than a
-    # step, and a batch of fits then verifies once for all of them.
-    def settle(at: _State) -> _State:
+    # Equations that are expected to hold are verified outside of the inner loop: a verification
+    # costs as much as a step, and a batch of fits then verifies once for all of them.
+    def iterate_and_verify(at: _State) -> _State:
         at = lax.while_loop(lambda at: ~at.settled & goes_on(at), iterate, at._replace(settled=no))
         balanced = _balanced(problem, loss(at.s), at.c, at.r, at.last)
         return at._replace(converged=balanced & at.last.same_scale)
 
     newton_limit = infinity if convex else jnp.asarray(_NEWTON_STEP, dtype)
     follow_limit = jnp.ones((), dtype) / 4  # 1 after the first step
-    nowhere = LastStep(jnp.zeros_like(problem.y), infinity, no)
+    no_step = LastStep(jnp.zeros_like(problem.y), infinity, no)
     begin = _State(
-        start, jnp.zeros_like(problem.y), guess, jnp.int32(-1), nowhere, infinity, no, newton_limit,
+        start, jnp.zeros_like(problem.y), guess, jnp.int32(-1), no_step, infinity, no, newton_limit,
         follow_limit, no, no, no,
     )  # fmt: skip
-    end = lax.while_loop(goes_on, settle, begin)
+    end = lax.while_loop(goes_on, iterate_and_verify, begin)
     finite = jnp.all(jnp.isfinite(end.c)) & jnp.isfinite(end.s)
     return Estimate(end.c, end.s, end.r, end.converged & finite, end.steps)
 
