@@ -65,7 +65,9 @@ def test_every_experiment_has_the_parts(name, capsys):
 
 
 SMOKING = [name for name in experiments() if name not in ("accuracy", "speed", "compare")]
-SLOW = ("landscape", "convergence", "efficiency", "network", "adaptive", "start", "losses")
+SLOW = (
+    "landscape", "convergence", "outliers", "efficiency", "network", "adaptive", "start", "losses",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
